@@ -1,0 +1,94 @@
+"""What the environment says: the variables that users of Scaleout Edge already set."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from scaleout_mp.errors import ConfigError
+
+#: The client version that is presented to servers, which may refuse one that they do not know.
+PROTOCOL_VERSION = "1.0.7"
+
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"0", "false", "no", "off"})
+
+
+def _flag(environ: Mapping[str, str], name: str, *, default: bool) -> bool:
+    value = environ.get(name)
+    if value is None or value == "":
+        return default
+    if value.lower() in _TRUE:
+        return True
+    if value.lower() in _FALSE:
+        return False
+    raise ConfigError(f"{name} must be true or false, not {value!r}")
+
+
+def _optional_flag(environ: Mapping[str, str], name: str) -> bool | None:
+    return _flag(environ, name, default=True) if environ.get(name) else None
+
+
+def _seconds(environ: Mapping[str, str], name: str, *, default: float) -> float:
+    value = environ.get(name)
+    if value is None or value == "":
+        return default
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise ConfigError(f"{name} must be a number of seconds above 0, not {value!r}")
+    return seconds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Effective settings of a client. `from_environ` reads them; each field names its variable."""
+
+    #: SCALEOUT_AUTH_SCHEME
+    auth_scheme: str = "Bearer"
+    #: SCALEOUT_CONNECT_API_SECURE: verify the certificates of the REST API.
+    verify_api_certificates: bool = True
+    #: SCALEOUT_GRPC_SECURE: TLS to the combiner; None: what the server says, else TLS.
+    grpc_secure: bool | None = None
+    #: SCALEOUT_GRPC_ROOT_CERT_PATH: PEM file.
+    grpc_root_cert_path: str | None = None
+    #: SCALEOUT_CUSTOM_URL_PREFIX: path put between host and /api.
+    url_prefix: str = ""
+    #: SCALEOUT_GRACEFUL_GRPC_HANDLING: announce Connect and Disconnect.
+    announce: bool = True
+    #: SCALEOUT_CHECK_COMPATIBILITY: ask the server whether it accepts our version.
+    check_version: bool = True
+    #: SCALEOUT_CLIENT_STATUS_REPORTING
+    report_status: bool = True
+    #: SCALEOUT_CLIENT_SEND_TELEMETRY: memory_usage and cpu_usage of the machine.
+    send_telemetry: bool = True
+    #: SCALEOUT_CLIENT_TASK_POLLING_INTERVAL, seconds.
+    polling_interval: float = 5.0
+    #: SCALEOUT_MP_CLIENT_VERSION: the client version presented to the server.
+    client_version: str = PROTOCOL_VERSION
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
+        """Read the settings from `environ` (default: os.environ); keyword arguments win.
+
+        Raises ConfigError that names the variable.
+        """
+        env = os.environ if environ is None else environ
+        values: dict[str, Any] = {
+            "auth_scheme": env.get("SCALEOUT_AUTH_SCHEME") or "Bearer",
+            "verify_api_certificates": _flag(env, "SCALEOUT_CONNECT_API_SECURE", default=True),
+            "grpc_secure": _optional_flag(env, "SCALEOUT_GRPC_SECURE"),
+            "grpc_root_cert_path": env.get("SCALEOUT_GRPC_ROOT_CERT_PATH") or None,
+            "url_prefix": env.get("SCALEOUT_CUSTOM_URL_PREFIX", ""),
+            "announce": _flag(env, "SCALEOUT_GRACEFUL_GRPC_HANDLING", default=True),
+            "check_version": _flag(env, "SCALEOUT_CHECK_COMPATIBILITY", default=True),
+            "report_status": _flag(env, "SCALEOUT_CLIENT_STATUS_REPORTING", default=True),
+            "send_telemetry": _flag(env, "SCALEOUT_CLIENT_SEND_TELEMETRY", default=True),
+            "polling_interval": _seconds(env, "SCALEOUT_CLIENT_TASK_POLLING_INTERVAL", default=5.0),
+            "client_version": env.get("SCALEOUT_MP_CLIENT_VERSION") or PROTOCOL_VERSION,
+        }
+        return cls(**{**values, **overrides})

@@ -1,0 +1,1 @@
+"""The messages and call paths of the Scaleout Edge wire protocol."""
