@@ -1,0 +1,116 @@
+"""What runs in the child around a callback: enter its logging context, call it, check what it gave back.
+
+These objects are pickled once and called with the model, the parameters and the request. What a callback
+returns is checked here, before it crosses the process boundary, so that the error has the callback's own
+process and name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from scaleout_mp.client.logging_context import LoggingContext, entered_task
+from scaleout_mp.client.values import callback_name, json_value
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from scaleout_mp.model import ScaleoutModel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RequestInfo:
+    """The child's copy of a task request; `LoggingContext.request` inside a task."""
+
+    type: str
+    correlation_id: str
+    model_id: str
+    round_id: str
+    session_id: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainCall:
+    """Call a train callback: `(model, client_settings, request) -> (model, metadata)`."""
+
+    callback: Callable[..., Any]
+
+    def __call__(
+        self, model: ScaleoutModel, settings: dict[str, Any], request: RequestInfo
+    ) -> tuple[ScaleoutModel, dict[str, Any]]:
+        """Return the new model and its metadata, checked. Raises TypeError or ValueError in one line."""
+        with entered_task(LoggingContext(request=request)):
+            returned = self.callback(model, settings)
+        return _checked_update(returned, f"train callback {callback_name(self.callback)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidateCall:
+    """Call a validate callback: `(model, request) -> metrics`."""
+
+    callback: Callable[..., Any]
+
+    def __call__(self, model: ScaleoutModel, request: RequestInfo) -> dict[str, Any]:
+        """Return the metrics with numpy scalars turned into Python's. Raises TypeError in one line."""
+        with entered_task(LoggingContext(request=request)):
+            returned = self.callback(model)
+        who = f"validate callback {callback_name(self.callback)}"
+        if not isinstance(returned, dict):
+            raise TypeError(f"{who} returned {_shape(returned)}; it must return a dict of metrics")
+        metrics: dict[str, Any] = _checked_json(returned, who, "metrics")
+        return metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class CustomCall:
+    """Call a custom callback: `(parameters, request) -> JSON-serialisable value`."""
+
+    callback: Callable[..., Any]
+
+    def __call__(self, parameters: dict[str, Any], request: RequestInfo) -> Any:
+        """Return what the callback returned, checked to be JSON. Raises TypeError in one line."""
+        with entered_task(LoggingContext(request=request)):
+            returned = self.callback(parameters)
+        return _checked_json(returned, f"custom callback {callback_name(self.callback)}", "result")
+
+
+def _checked_update(returned: Any, who: str) -> tuple[ScaleoutModel, dict[str, Any]]:
+    from scaleout_mp.model import ScaleoutModel
+
+    wanted = "it must return a tuple (ScaleoutModel, metadata dict)"
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise TypeError(f"{who} returned {_shape(returned)}; {wanted}")
+    model, metadata = returned
+    if model is None:
+        raise ValueError(f"{who} returned None as the model; {wanted}")
+    if not isinstance(model, ScaleoutModel):
+        raise TypeError(f"{who} returned {_shape(model)} as the model; {wanted}")
+    if not isinstance(metadata, dict):
+        raise TypeError(f"{who} returned {_shape(metadata)} as the metadata; {wanted}")
+    metadata = _checked_json(metadata, who, "metadata")
+    training = metadata.get("training_metadata")
+    count = training.get("num_examples") if isinstance(training, dict) else None
+    if isinstance(count, bool) or not isinstance(count, int | float) or not count > 0:
+        raise ValueError(
+            f'{who} returned metadata["training_metadata"]["num_examples"] = {count!r}; '
+            "it must be the number of training examples, above 0"
+        )
+    return model, metadata
+
+
+def _checked_json(value: Any, who: str, path: str) -> Any:
+    try:
+        return json_value(value, path=path)
+    except TypeError as error:
+        raise TypeError(f"{who} returned what cannot be sent: {error}") from None
+
+
+def _shape(value: Any) -> str:
+    """Say in a few words what a value is, without its contents, which may be gigabytes."""
+    if value is None:
+        return "None"
+    if isinstance(value, tuple | list):
+        inside = ", ".join(type(item).__name__ for item in value[:3]) + (", ..." if len(value) > 3 else "")
+        return f"{type(value).__name__} ({inside})"
+    return f"a value of type {type(value).__name__}"

@@ -1,0 +1,319 @@
+"""EdgeClient: the surface that user code programs against, in the supervisor and inside a task alike."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import operator
+import threading
+from typing import TYPE_CHECKING, Any, cast
+
+from scaleout_mp.client.logging_context import LoggingContext, task_logging_context
+from scaleout_mp.client.values import attribute_values, metric_values
+from scaleout_mp.errors import NotConnectedError
+from scaleout_mp.task import RecordContext, current_task
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from scaleout_mp.client.options import ConnectToApiResult, GrpcConnectionOptions
+    from scaleout_mp.client.runtime import EdgeClientRuntime
+    from scaleout_mp.model import ScaleoutModel
+
+logger = logging.getLogger(__name__)
+
+CUSTOM_PREFIX = "Custom_"
+
+#: What stays behind when a client is pickled: it belongs to the process that connects.
+_NOT_CARRIED = frozenset(
+    {
+        "_given_runtime",
+        "_has_runtime",
+        "_local",
+        "inference_callback",
+        "registered_callbacks",
+        "stage_model_callback",
+        "train_callback",
+        "validate_callback",
+    }
+)
+
+
+class EdgeClient:
+    """A client of a Scaleout Edge network.
+
+    Register callbacks, then `connect_to_api`, `init_grpchandler` and `run`. Callbacks run in processes of
+    their own; a client that they capture, or that hangs on the object they are methods of, becomes the client
+    of that process there, so `log_metric` and `check_task_abort` work as they do here.
+
+    `runtime` replaces what connects the client to the network (default: GrpcEdgeClientRuntime).
+    """
+
+    def __init__(
+        self,
+        train_callback: Callable[[ScaleoutModel, dict[str, Any]], tuple[ScaleoutModel | None, dict[str, Any]]]
+        | None = None,
+        validate_callback: Callable[[ScaleoutModel], dict[str, Any]] | None = None,
+        runtime: EdgeClientRuntime | None = None,
+    ) -> None:
+        self.name: str | None = None
+        self.client_id: str | None = None
+        #: Folder of the compute package.
+        self.package_path: str = "."
+        self.train_callback = train_callback
+        self.validate_callback = validate_callback
+        self.inference_callback: Callable[[ScaleoutModel, dict[str, Any]], Any] | None = None
+        self.stage_model_callback: Callable[[ScaleoutModel], None] | None = None
+        #: Custom callbacks by task type, "Custom_<name>".
+        self.registered_callbacks: dict[str, Callable[[dict[str, Any]], Any]] = {}
+        self._local = threading.local()
+        self._given_runtime = runtime
+        self._has_runtime = True
+        _introduce(runtime, self)
+
+    # A subclass is rebuilt with its own attributes, so that callbacks which are its methods find them; a
+    # plain client becomes the one client of the process that it arrives in.
+    def __reduce__(self) -> tuple[Any, ...]:
+        if type(self) is EdgeClient:
+            return client_of_this_process, (self.name, self.client_id, self.package_path)
+        return _bare_client, (type(self),), {k: v for k, v in vars(self).items() if k not in _NOT_CARRIED}
+
+    def set_train_callback(
+        self,
+        callback: Callable[[ScaleoutModel, dict[str, Any]], tuple[ScaleoutModel | None, dict[str, Any]]]
+        | None,
+    ) -> None:
+        """Set the callback for model updates: `train(model, client_settings) -> (model, metadata)`."""
+        self.train_callback = callback
+
+    def set_validate_callback(self, callback: Callable[[ScaleoutModel], dict[str, Any]] | None) -> None:
+        """Set the callback for validations: `validate(model) -> metrics`."""
+        self.validate_callback = callback
+
+    def set_inference_callback(self, callback: Callable[[ScaleoutModel, dict[str, Any]], Any] | None) -> None:
+        """Set the callback for inference: `infer(model, parameters)`."""
+        self.inference_callback = callback
+
+    def set_stage_model_callback(self, callback: Callable[[ScaleoutModel], None] | None) -> None:
+        """Set the callback that is called once a model is staged for inference."""
+        self.stage_model_callback = callback
+
+    def set_custom_callback(self, callback_name: str, callback: Callable[[dict[str, Any]], Any]) -> None:
+        """Set the callback for tasks of type "Custom_<callback_name>"; it gets the task's `parameters`."""
+        self.registered_callbacks[_custom_type(callback_name)] = callback
+
+    def remove_custom_callback(self, callback_name: str) -> None:
+        """Remove a custom callback; one that is not there is said in the log."""
+        if self.registered_callbacks.pop(_custom_type(callback_name), None) is None:
+            logger.warning(
+                "no custom callback %r is registered",
+                callback_name,
+                extra={"action": "custom_callback_missing"},
+            )
+
+    def set_name(self, name: str) -> None:
+        """Set the name under which the network shows this client."""
+        self.name = name
+
+    def set_client_id(self, client_id: str) -> None:
+        """Set the id under which the network knows this client."""
+        self.client_id = client_id
+
+    @property
+    def current_logging_context(self) -> LoggingContext | None:
+        """The logging context of the running thread; in a task, the task's own where there is none."""
+        own: LoggingContext | None = getattr(self._local, "context", None)
+        return task_logging_context() if own is None else own
+
+    @current_logging_context.setter
+    def current_logging_context(self, context: LoggingContext | None) -> None:
+        self._local.context = context
+
+    @contextlib.contextmanager
+    def logging_context(self, context: LoggingContext) -> Iterator[None]:
+        """Set the logging context of the running thread for the block."""
+        previous = getattr(self._local, "context", None)
+        self._local.context = context
+        try:
+            yield
+        finally:
+            self._local.context = previous
+
+    def log_metric(
+        self,
+        metrics: Mapping[str, Any],
+        step: int | None = None,
+        commit: bool = True,
+        check_task_abort: bool = True,
+        context: LoggingContext | None = None,
+    ) -> bool:
+        """Log metrics of one step; return whether they were taken.
+
+        `step` moves the context to that step; without it the context's step is used. `commit` moves the
+        context one step on. Raises TypeError that names the key of a value that is not a number, and
+        StoppedException when the task was aborted and `check_task_abort` is true.
+        """
+        values = metric_values(metrics)
+        context = context or self.current_logging_context
+        if context is None:
+            logger.error(
+                "metrics %s are not logged: this thread has no logging context; enter client.logging_context",
+                sorted(values),
+                extra={"action": "metric_without_context"},
+            )
+            return False
+        step = _checked_step(context.step if step is None else step)
+        context.step = step + 1 if commit else step
+        taken = self._send_metric(values, step, context)
+        if check_task_abort:
+            self.check_task_abort()
+        return taken
+
+    def _send_metric(self, values: dict[str, float], step: int, context: LoggingContext) -> bool:
+        task = current_task()
+        if task is not None:
+            ids = RecordContext(
+                model_id=context.model_id, round_id=context.round_id, session_id=context.session_id
+            )
+            task.log_metric(values, step=step, context=ids)
+            return True
+        return self._runtime.send_metric(
+            metrics=values,
+            model_id=context.model_id,
+            step=step,
+            round_id=context.round_id,
+            session_id=context.session_id,
+        )
+
+    def log_attributes(self, attributes: Mapping[str, Any], check_task_abort: bool = True) -> bool:
+        """Log attributes of this client, as strings; return whether they were taken."""
+        values = attribute_values(attributes)
+        task = current_task()
+        if task is not None:
+            task.log_attributes(values)
+            taken = True
+        else:
+            taken = self._runtime.send_attributes(values)
+        if check_task_abort:
+            self.check_task_abort()
+        return taken
+
+    def log_telemetry(self, telemetry: Mapping[str, Any], check_task_abort: bool = True) -> bool:
+        """Log measurements of this machine; return whether they were taken.
+
+        Raises TypeError that names the key of a value that is not a number.
+        """
+        values = metric_values(telemetry, what="telemetry value")
+        task = current_task()
+        if task is not None:
+            task.log_telemetry(values)
+            taken = True
+        else:
+            taken = self._runtime.send_telemetry(values)
+        if check_task_abort:
+            self.check_task_abort()
+        return taken
+
+    def check_task_abort(self) -> None:
+        """Raise StoppedException when the running task was asked to stop; does nothing outside its thread.
+
+        Call it now and then from a callback that works for long.
+        """
+        task = current_task()
+        if task is not None:
+            task.check_abort()
+        elif self._has_runtime:
+            self._runtime.check_task_abort()
+
+    @property
+    def _runtime(self) -> EdgeClientRuntime:
+        if self._given_runtime is None:
+            if not self._has_runtime or current_task() is not None:
+                raise NotConnectedError(
+                    "this client lives in a task's process: it logs and checks for an abort, no more"
+                )
+            # By name and late: the supervisor stands above this layer and loads gRPC, which a task must never
+            # do.
+            supervisor = importlib.import_module("scaleout_mp.supervisor")
+            self._given_runtime = cast("EdgeClientRuntime", supervisor.GrpcEdgeClientRuntime(self))
+        return self._given_runtime
+
+    def connect_to_api(
+        self,
+        url: str,
+        json: dict[str, Any] | None = None,
+        token: str | None = None,
+        token_refresh_callback: Callable[..., None] | None = None,
+    ) -> tuple[ConnectToApiResult, Any]:
+        """Ask the network's REST API for a combiner.
+
+        `json` holds name, client_id, package ("local" or "remote") and preferred_combiner. The second value
+        is a GrpcConnectionOptions when the first is Assigned, else a message or the answer's body.
+        `token_refresh_callback(access_token, refresh_token, expires_at)` is called after each token refresh.
+        """
+        return self._runtime.connect_to_api(
+            url=url, json=json, token=token, token_refresh_callback=token_refresh_callback
+        )
+
+    def init_grpchandler(
+        self,
+        config: GrpcConnectionOptions,
+        token: str | None = None,
+        url: str | None = None,
+        token_refresh_callback: Callable[..., None] | None = None,
+    ) -> bool:
+        """Make ready to talk to the combiner; False, with the reason in the log, when it will not do."""
+        return self._runtime.init_grpchandler(
+            config=config, token=token, url=url, token_refresh_callback=token_refresh_callback
+        )
+
+    def run(self, with_heartbeat: bool = False, with_polling: bool = True) -> None:
+        """Serve tasks until SIGTERM, Ctrl-C or a stop of the runtime."""
+        self._runtime.run(with_heartbeat=with_heartbeat, with_polling=with_polling)
+
+    def get_access_token(self) -> str | None:
+        """Return the access token that is in use, refreshed where needed; None without one."""
+        return self._runtime.get_access_token()
+
+
+def _custom_type(name: str) -> str:
+    return name if name.startswith(CUSTOM_PREFIX) else CUSTOM_PREFIX + name
+
+
+def _checked_step(step: Any) -> int:
+    try:
+        number = operator.index(step)
+    except TypeError:
+        raise TypeError(f"step must be a whole number, not {step!r}") from None
+    if not 0 <= number < 1 << 32:
+        raise ValueError(f"step must be from 0 to 2**32 - 1, not {number}")
+    return number
+
+
+def _introduce(runtime: Any, client: EdgeClient) -> None:
+    set_client = getattr(runtime, "set_client", None)
+    if set_client is not None:
+        set_client(client)
+
+
+_own: EdgeClient | None = None
+
+
+def client_of_this_process(name: str | None, client_id: str | None, package_path: str) -> EdgeClient:
+    """Return the one client of this process, which has no runtime, under the identity that was sent along.
+
+    This is what a pickled EdgeClient becomes: every callback of a process meets the same client.
+    """
+    global _own  # noqa: PLW0603 - one per process is the point
+    if _own is None:
+        _own = _bare_client(EdgeClient)
+    _own.name, _own.client_id, _own.package_path = name, client_id, package_path
+    return _own
+
+
+def _bare_client(kind: type[EdgeClient]) -> EdgeClient:
+    client = kind.__new__(kind)
+    EdgeClient.__init__(client)
+    client._has_runtime = False  # noqa: SLF001 - a constructor of the class, kept out of its public surface
+    return client
