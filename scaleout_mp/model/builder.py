@@ -1,0 +1,285 @@
+"""Making models: from weights, from bytes, and from other models."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, Self
+
+from scaleout_mp.errors import ModelFormatError
+from scaleout_mp.model import container as layout
+from scaleout_mp.model.container import DEFAULT_LIMITS, Container, ContainerLimits
+from scaleout_mp.model.helpers import Helper, get_helper
+from scaleout_mp.model.memfd import DEFAULT_MAX_SIZE, MappedBytes, MemoryFile, MemoryWriter, SealedMemory
+from scaleout_mp.model.scaleout_model import ScaleoutModel
+from scaleout_mp.model.zip_writer import ZipWriter
+
+if TYPE_CHECKING:
+    from scaleout_mp.wire.edge_pb2 import FileChunk
+
+logger = logging.getLogger(__name__)
+
+#: How new contents are written: as they are, which lets weights be used in place, or deflated.
+Compression = Literal["stored", "deflate"]
+
+_DEFLATE_LEVELS: Final[Mapping[str, int | None]] = {"stored": None, "deflate": 6}
+_READ_STEP: Final = 1 << 20
+_UNSET: Final = object()
+
+
+class ScaleoutModelBuilder:
+    """Collects what a model is made of; `build` makes it, as often as it is called. Setters return the builder.
+
+    The model id: a model from weights gets a fresh one, always. A loaded model keeps its id until its contents or
+    metadata change, which gives a fresh one, or `set_model_id` says which. A model_id among metadata is ignored.
+    """
+
+    def __init__(self) -> None:
+        self._source: Container | None = None
+        self._legacy: MappedBytes | None = None
+        self._legacy_checksum: str | None = None
+        self._is_new = False
+        self._helper: Helper | None = None
+        self._weights: Any = _UNSET
+        self._metadata: dict[str, Any] = {}
+        self._model_id: str | None = None
+        self._inference: bytes | SealedMemory | None = None
+        self._files: dict[str, bytes | SealedMemory] = {}
+
+    # Where it begins
+
+    @classmethod
+    def from_training_model(cls, model_params: Any, helper: Helper | None = None) -> Self:
+        """Begin a new model with weights; numpyhelper unless another helper is given."""
+        builder = cls().set_training_model(model_params, helper)
+        builder._is_new = True
+        return builder
+
+    @classmethod
+    def from_file(
+        cls, file_path: str | os.PathLike[str], *, limits: ContainerLimits = DEFAULT_LIMITS
+    ) -> Self:
+        """Begin with a file, which is used where it lies."""
+        return cls._from_source(MappedBytes.open(file_path), limits)
+
+    @classmethod
+    def from_stream(cls, stream: BinaryIO, *, limits: ContainerLimits = DEFAULT_LIMITS) -> Self:
+        """Begin with the bytes from a stream's position to its end."""
+        return cls._from_source(_drain(stream, limits.max_size), limits)
+
+    @classmethod
+    def from_filechunk_stream(
+        cls, filechunk_stream: Iterable[FileChunk], *, limits: ContainerLimits = DEFAULT_LIMITS
+    ) -> Self:
+        """Begin with the bytes of gRPC messages."""
+        with MemoryWriter(max_size=limits.max_size) as writer:
+            for chunk in filechunk_stream:
+                writer.write(chunk.data)
+            return cls._from_source(writer.seal(), limits)
+
+    @classmethod
+    def from_memory(cls, memory: SealedMemory, *, limits: ContainerLimits = DEFAULT_LIMITS) -> Self:
+        """Begin with sealed memory, whose owner the builder becomes."""
+        return cls._from_source(memory, limits)
+
+    @classmethod
+    def from_model(cls, model: ScaleoutModel) -> Self:
+        """Begin with a model's contents; the model may be closed afterwards."""
+        builder = cls()
+        builder._source = model._container.dup()  # noqa: SLF001 - the other half of the same class
+        builder._helper = model._helper  # noqa: SLF001
+        builder._legacy_checksum = model._legacy_checksum  # noqa: SLF001
+        return builder
+
+    @classmethod
+    def _from_source(cls, source: MappedBytes, limits: ContainerLimits) -> Self:
+        builder = cls()
+        try:
+            if layout.is_container(source.view()):
+                builder._source = Container(source, limits=limits)
+            elif source.size > limits.max_size:
+                raise ModelFormatError(
+                    f"the model has {source.size:,} bytes; {limits.max_size:,} are allowed"
+                )
+            else:
+                builder._legacy = source
+                builder._legacy_checksum = source.sha256()
+        except BaseException:
+            source.close()
+            raise
+        return builder
+
+    # What to change
+
+    def set_metadata(self, key: str, value: Any) -> Self:
+        """Set one key; the value must be JSON."""
+        self._metadata[key] = value
+        return self
+
+    def set_metadata_dict(self, metadata: Mapping[str, Any]) -> Self:
+        """Set several keys."""
+        self._metadata.update(metadata)
+        return self
+
+    def set_model_id(self, model_id: str) -> Self:
+        """Choose the id of a loaded model; without effect, except for a warning, on a new model's fresh id."""
+        if not isinstance(model_id, str) or not model_id:
+            raise ValueError("a model id must be a string that is not empty")
+        self._model_id = model_id
+        return self
+
+    def set_helper(self, helper: Helper) -> Self:
+        """Choose the helper that writes and reads the weights."""
+        self._helper = helper
+        return self
+
+    def set_helper_type(self, helper_type: str) -> Self:
+        """Choose the helper by name."""
+        return self.set_helper(get_helper(helper_type))
+
+    def set_training_model(self, model_params: Any, helper: Helper | None = None) -> Self:
+        """Replace the weights. They are read when the model is built."""
+        if helper is not None:
+            self._helper = helper
+        self._weights = model_params
+        return self
+
+    def set_inference_model(self, data: bytes, fmt: str) -> Self:
+        """Set the inference model and its format, "onnx" for example."""
+        self._inference = _require_bytes(data)
+        self._metadata["inference_model_format"] = fmt
+        return self
+
+    def set_inference_model_stream(self, stream: BinaryIO, fmt: str) -> Self:
+        """Set the inference model from a stream, which is read now."""
+        self._inference = _drain(stream)
+        self._metadata["inference_model_format"] = fmt
+        return self
+
+    def set_file(self, name: str, data: bytes) -> Self:
+        """Attach a file under a plain name, in place of one that has it."""
+        _require_bytes(data)
+        layout.check_file_name(name)
+        self._files[name] = data
+        return self
+
+    def set_file_stream(self, name: str, stream: BinaryIO) -> Self:
+        """Attach a file from a stream, which is read now."""
+        layout.check_file_name(name)
+        self._files[name] = _drain(stream)
+        return self
+
+    # The result
+
+    def build(self, *, compression: Compression = "stored") -> ScaleoutModel:
+        """Make the model. What comes from a loaded model is taken over as it is, whatever the compression."""
+        if compression not in _DEFLATE_LEVELS:
+            raise ValueError(f"compression must be one of {', '.join(_DEFLATE_LEVELS)}, not {compression!r}")
+        if self._source is not None and not self._changes_source(self._source):
+            return self._finish(self._source.dup())
+        with MemoryFile() as file:
+            writer = ZipWriter(file)
+            helper = self._write_contents(writer, _DEFLATE_LEVELS[compression])
+            # Last, because it is all that changes when only the id does.
+            writer.add(layout.METADATA, layout.encode_metadata(self._final_metadata(helper)))
+            writer.finish()
+            memory = file.seal()
+        # What was taken over from an unchecked source is not known to be whole by being copied.
+        trusted = self._source is None or self._source.trusted
+        return self._finish(Container(memory, trusted=trusted, limits=_NO_LIMITS))
+
+    def _changes_source(self, source: Container) -> bool:
+        if self._weights is not _UNSET or self._inference is not None or self._files or self._metadata:
+            return True
+        return self._model_id is not None and self._model_id != source.metadata.get("model_id")
+
+    def _finish(self, container: Container) -> ScaleoutModel:
+        return ScaleoutModel._create(  # noqa: SLF001
+            container, helper=self._helper, legacy_checksum=self._legacy_checksum
+        )
+
+    def _write_contents(self, writer: ZipWriter, level: int | None) -> Helper | None:
+        """Write everything but the metadata; returns the helper whose name the metadata must bear."""
+        helper = self._helper
+        replaced: dict[str, bytes | memoryview] = {}
+        if self._weights is not _UNSET:
+            helper = helper or self._helper_of_source() or get_helper("numpyhelper")
+            _write_weights(writer, helper, self._weights, level)
+        elif self._legacy is not None:
+            replaced[layout.TRAINING_MODEL] = self._legacy.view()
+        if self._inference is not None:
+            replaced[layout.INFERENCE_MODEL] = _bytes_of(self._inference)
+        for name, data in self._files.items():
+            replaced[layout.FILES + name] = _bytes_of(data)
+        for name, content in replaced.items():
+            if level is None:
+                writer.add(name, content, align=True)
+            else:
+                with writer.stream(name, deflate_level=level) as entry:
+                    entry.write(content)
+        if self._source is not None:
+            written = {layout.METADATA, *replaced}
+            if self._weights is not _UNSET:
+                written.add(layout.TRAINING_MODEL)
+            for name, taken in self._source.entries.items():
+                if name not in written:
+                    writer.add_raw(self._source.source.view(), taken)
+        return helper
+
+    def _helper_of_source(self) -> Helper | None:
+        name = self._source.metadata.get("helper_type") if self._source is not None else None
+        return get_helper(name) if name is not None else None
+
+    def _final_metadata(self, helper: Helper | None) -> dict[str, Any]:
+        loaded = self._source.metadata if self._source is not None else {}
+        metadata = {**loaded, **self._metadata}
+        if helper is not None and self._weights is not _UNSET:
+            metadata["helper_type"] = helper.name
+        elif helper is not None:
+            metadata.setdefault("helper_type", helper.name)
+        if self._model_id is not None and not self._is_new:
+            metadata["model_id"] = self._model_id
+            return metadata
+        if self._model_id is not None:
+            logger.warning(
+                "a model from weights gets a fresh id; %r is ignored. Use to_builder().set_model_id() on the result.",
+                self._model_id,
+                extra={"action": "model_id_ignored"},
+            )
+        metadata["model_id"] = str(uuid.uuid4())
+        return metadata
+
+
+#: What this process builds is bounded by its memory, not by what it accepts from others.
+_NO_LIMITS: Final = ContainerLimits(
+    max_size=1 << 62, max_inflated=1 << 62, max_entries=1 << 31, max_metadata=1 << 62
+)
+
+
+def _write_weights(writer: ZipWriter, helper: Helper, weights: Any, level: int | None) -> None:
+    entry = writer.stream(layout.TRAINING_MODEL, deflate_level=level)
+    try:
+        helper.save(weights, entry)
+    except BaseException:
+        entry.abandon()
+        raise
+    entry.close()
+
+
+def _bytes_of(data: bytes | SealedMemory) -> bytes | memoryview:
+    return data.view() if isinstance(data, SealedMemory) else data
+
+
+def _require_bytes(data: object) -> bytes:
+    if not isinstance(data, bytes):
+        raise TypeError(f"data must be bytes, not {type(data).__name__}")
+    return data
+
+
+def _drain(stream: BinaryIO, max_size: int = DEFAULT_MAX_SIZE) -> SealedMemory:
+    with MemoryWriter(max_size=max_size) as writer:
+        while chunk := stream.read(_READ_STEP):
+            writer.write(chunk)
+        return writer.seal()

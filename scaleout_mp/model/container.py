@@ -1,0 +1,186 @@
+"""The model container: a ZIP archive of metadata, weights, an inference model and attached files.
+
+The names of entries and the rules for metadata are those of the published packages; see docs/design.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from scaleout_mp.errors import IncompatibleModelFormatError, ModelError, ModelFormatError
+from scaleout_mp.model import zip_reader
+from scaleout_mp.model.memfd import DEFAULT_MAX_SIZE, MappedBytes
+from scaleout_mp.model.zip_reader import ArchiveLimits
+
+METADATA: Final = "metadata.json"
+TRAINING_MODEL: Final = "training_model.bin"
+INFERENCE_MODEL: Final = "inference_model.bin"
+FILES: Final = "files/"
+
+FORMAT_VERSION: Final = 2
+
+# The published packages changed the key in 1.1; the underscore keeps it apart from what users set.
+_VERSION_KEY: Final = "_version"
+_OLD_VERSION_KEY: Final = "version"
+
+_HASH_STEP: Final = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContainerLimits:
+    """What a model from outside may claim before it is refused. Sizes in bytes."""
+
+    #: The whole file.
+    max_size: int = DEFAULT_MAX_SIZE
+    #: All entries together, once inflated.
+    max_inflated: int = 16 << 30
+    max_entries: int = 4096
+    max_metadata: int = 16 << 20
+
+
+DEFAULT_LIMITS: Final = ContainerLimits()
+
+
+class Container:
+    """An opened container: its directory and metadata are checked, its entries are read when asked for."""
+
+    def __init__(
+        self, source: MappedBytes, *, trusted: bool = False, limits: ContainerLimits = DEFAULT_LIMITS
+    ) -> None:
+        """Open and take ownership of `source`, which stays the caller's when this raises.
+
+        `trusted`: its bytes were made or checked by this package; stored entries are not compared with their CRC-32.
+        """
+        if source.size > limits.max_size:
+            raise ModelFormatError(f"the model has {source.size:,} bytes; {limits.max_size:,} are allowed")
+        self.source = source
+        self.entries = zip_reader.read_directory(
+            source.view(), ArchiveLimits(max_entries=limits.max_entries, max_total=limits.max_inflated)
+        )
+        for name in self.entries:
+            _check_entry_name(name)
+        self.trusted = trusted
+        self._checked: set[str] = set()
+        self.metadata, self.format_version = self._read_metadata(limits)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of attached files, in the order of the directory."""
+        return tuple(name[len(FILES) :] for name in self.entries if name.startswith(FILES) and name != FILES)
+
+    def dup(self) -> Container:
+        """Return a second owner of the same container; nothing is read again."""
+        twin = copy.copy(self)
+        twin.source = self.source.dup()
+        twin._checked = set(self._checked)
+        return twin
+
+    def content(self, name: str) -> memoryview:
+        """Return an entry's bytes, read-only; a stored entry is compared with its CRC-32 the first time."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise ModelError(f"the model has no {name}")
+        # Threads that race here compare twice, which is harmless.
+        verify = not self.trusted and name not in self._checked
+        data = zip_reader.read_entry(self.source.view(), entry, verify=verify)
+        self._checked.add(name)
+        return data
+
+    def verify(self) -> None:
+        """Compare every entry with its CRC-32; ModelFormatError when one differs."""
+        for name in self.entries:
+            self.content(name)
+
+    def content_digest(self) -> bytes:
+        """Return the SHA-256 that signatures cover: name, NUL, bytes of every entry in the order of the names."""
+        digest = hashlib.sha256()
+        for name in sorted(self.entries):
+            digest.update(name.encode() + b"\0")
+            data = self.content(name)
+            for start in range(0, len(data), _HASH_STEP):
+                digest.update(data[start : start + _HASH_STEP])
+        return digest.digest()
+
+    def _read_metadata(self, limits: ContainerLimits) -> tuple[dict[str, Any], int]:
+        if METADATA not in self.entries:
+            raise ModelFormatError(f"the archive has no {METADATA}")
+        if self.entries[METADATA].size > limits.max_metadata:
+            raise ModelFormatError(
+                f"{METADATA} is larger than the {limits.max_metadata:,} bytes that are allowed"
+            )
+        # Small, and everything depends on it: compared even when the source is trusted.
+        data = zip_reader.read_entry(self.source.view(), self.entries[METADATA], verify=True)
+        try:
+            metadata = json.loads(bytes(data))
+        except (ValueError, RecursionError) as error:
+            raise ModelFormatError(f"{METADATA} is not JSON: {error}") from error
+        if not isinstance(metadata, dict):
+            raise ModelFormatError(f"{METADATA} is not a JSON object")
+        version = _take_version(metadata)
+        for key in ("model_id", "helper_type", "inference_model_format"):
+            if not isinstance(metadata.get(key), str | None):
+                raise ModelFormatError(f"{METADATA} has a {key} that is not a string")
+        return metadata, version
+
+
+def is_container(view: memoryview) -> bool:
+    """Say whether bytes are a model container, as opposed to a legacy model: bare weights.
+
+    A damaged archive raises ModelFormatError: it was a container or an .npz once, but is of no use as either.
+    """
+    if not len(view):
+        raise ModelFormatError("the model is empty")
+    if not zip_reader.looks_like_zip(view):
+        return False
+    # Bare weights of many arrays are an archive, too; how many entries a container may have is checked later.
+    return METADATA in zip_reader.read_directory(view, ArchiveLimits(max_entries=1 << 20))
+
+
+def encode_metadata(metadata: Mapping[str, Any]) -> bytes:
+    """Return the bytes of metadata.json; TypeError when a value is not JSON."""
+    try:
+        return json.dumps({**metadata, _VERSION_KEY: FORMAT_VERSION}).encode()
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metadata must be JSON values: {error}") from error
+
+
+def check_file_name(name: str) -> None:
+    """Raise ValueError unless the name of an attached file is a plain one."""
+    if not isinstance(name, str) or not name or name == "." or ".." in name or set(name) & {"/", "\\", "\0"}:
+        raise ValueError(f"{name!r} is not a plain file name")
+
+
+def _check_entry_name(name: str) -> None:
+    if name.startswith(FILES) and name != FILES:
+        try:
+            check_file_name(name[len(FILES) :])
+        except ValueError as error:
+            raise ModelFormatError(f"entry {name!r} is not a plain file name") from error
+    elif name.startswith("/") or "\\" in name or ".." in name.split("/"):
+        raise ModelFormatError(f"entry {name!r} names a place outside of the model")
+
+
+def _take_version(metadata: dict[str, Any]) -> int:
+    """Remove the container's version from metadata and return it.
+
+    The old key counts only where the new one is missing, for a user of the new format may have a "version" as well.
+    """
+    version: object = FORMAT_VERSION
+    if _VERSION_KEY in metadata:
+        version = metadata.pop(_VERSION_KEY)
+        if metadata.get(_OLD_VERSION_KEY) == version:
+            del metadata[_OLD_VERSION_KEY]
+    elif type(metadata.get(_OLD_VERSION_KEY)) is int:
+        version = metadata.pop(_OLD_VERSION_KEY)
+    if type(version) is not int:
+        raise ModelFormatError(f"{METADATA} has a container version that is not a number: {version!r:.40}")
+    if version > FORMAT_VERSION:
+        raise IncompatibleModelFormatError(
+            f"the model container is of version {version}; this package reads up to {FORMAT_VERSION}. Upgrade scaleout-mp."
+        )
+    return version

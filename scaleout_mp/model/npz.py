@@ -1,0 +1,145 @@
+"""Lists of numpy arrays as an .npz archive with the members 0.npy, 1.npy, ...
+
+Stored members come back as read-only views of the archive's own bytes. Pickled objects are refused in both directions.
+The .npy header is that of numpy's NEP 1.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import math
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, cast
+
+import numpy as np
+from numpy.lib import format as npy_format
+
+from scaleout_mp.errors import ModelFormatError
+from scaleout_mp.model import zip_reader
+from scaleout_mp.model.memfd import Bytes
+from scaleout_mp.model.zip_reader import ArchiveLimits
+from scaleout_mp.model.zip_writer import Sink, ZipWriter
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+#: A model may have very many small arrays.
+NPZ_LIMITS: Final = ArchiveLimits(max_entries=1 << 20)
+
+_MAGIC: Final = b"\x93NUMPY"
+_MAX_HEADER: Final = 1 << 16
+_HEADER_KEYS: Final = {"descr", "fortran_order", "shape"}
+_MAX_DIMENSIONS: Final = 64
+# Byte order, kind, item size, unit of a time: what numpy itself writes. No O: a pickled object runs code when read.
+_PLAIN_DTYPE: Final = re.compile(r"[<>|=]?[?bBiufcmMSUV]\d{0,9}(\[\d{0,9}[a-zA-Z]{1,2}\])?")
+
+
+def write_arrays(arrays: Iterable[Any], sink: Sink) -> None:
+    """Write anything that numpy takes as an array, uncompressed, each array's data at a 64-byte boundary."""
+    if isinstance(arrays, Mapping | str | bytes):
+        raise TypeError(f"the weights must be a list of arrays, not {type(arrays).__name__}")
+    writer = ZipWriter(sink)
+    for index, item in enumerate(arrays):
+        header, data = encode_array(np.asanyarray(item), label=f"array {index}")
+        writer.add(f"{index}.npy", header, data, align=True)
+    writer.finish()
+
+
+def encode_array(array: Array, *, label: str = "array") -> tuple[bytes, Bytes]:
+    """Return an array's .npy header and its bytes, which are the array's own when it is contiguous."""
+    if array.dtype.hasobject:
+        raise ModelFormatError(f"{label} has the dtype object; models hold plain numbers")
+    if not (array.flags.c_contiguous or array.flags.f_contiguous):
+        array = np.ascontiguousarray(array)
+    fields = npy_format.header_data_from_array_1_0(array)
+    target = io.BytesIO()
+    try:
+        npy_format.write_array_header_1_0(target, fields)
+    except ValueError:  # a structured dtype whose description passes 64 KiB
+        target = io.BytesIO()
+        npy_format.write_array_header_2_0(target, fields)
+    if not array.nbytes:
+        return target.getvalue(), b""
+    flat = (array.T if fields["fortran_order"] else array).reshape(-1)
+    return target.getvalue(), memoryview(cast("Any", np.asarray(flat).view(np.uint8)))
+
+
+def read_arrays(view: memoryview, *, verify: bool = True, limits: ArchiveLimits = NPZ_LIMITS) -> list[Array]:
+    """Return the arrays in order, read-only.
+
+    `verify`: compare the CRC-32 of stored members; leave it out only when the bytes around them were compared.
+    """
+    entries = zip_reader.read_directory(view, limits)
+    arrays = []
+    for index in range(len(entries)):
+        entry = entries.get(f"{index}.npy")
+        if entry is None:
+            raise ModelFormatError(f"the weights lack {index}.npy among {len(entries)} arrays")
+        arrays.append(decode_array(zip_reader.read_entry(view, entry, verify=verify), label=entry.name))
+    return arrays
+
+
+def decode_array(data: memoryview, *, label: str = "array") -> Array:
+    """Return the array that the bytes of one .npy file hold, as a read-only view of them."""
+    dtype, fortran_order, shape, start = _read_header(data, label)
+    expected = math.prod(shape) * dtype.itemsize
+    if expected != len(data) - start:
+        raise ModelFormatError(
+            f"{label} has {len(data) - start:,} bytes of data, its header asks for {expected:,}"
+        )
+    try:
+        array: Array = np.ndarray(shape, dtype, buffer=data[start:], order="F" if fortran_order else "C")
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ModelFormatError(f"{label} has an impossible shape or dtype: {error}") from error
+    if not array.flags.aligned:
+        # Other writers do not align; extensions that take a pointer may rely on it.
+        array = array.copy(order="K")
+    array.flags.writeable = False
+    return array
+
+
+def _read_header(data: memoryview, label: str) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]:
+    start = bytes(data[:12])
+    if start[:6] != _MAGIC or len(start) < 12 or start[6] not in {1, 2, 3}:
+        raise ModelFormatError(f"{label} is not a .npy file of version 1 to 3")
+    if start[6] == 1:
+        length, offset = struct.unpack_from("<H", start, 8)[0], 10
+    else:
+        length, offset = struct.unpack_from("<L", start, 8)[0], 12
+    if length > _MAX_HEADER or offset + length > len(data):
+        raise ModelFormatError(f"{label} has a header that is too long or cut off")
+    try:
+        text = bytes(data[offset : offset + length]).decode("latin1" if start[6] < 3 else "utf-8")
+        fields = ast.literal_eval(text.strip())
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        raise ModelFormatError(f"{label} has an unreadable header") from error
+    if not isinstance(fields, dict) or set(fields) != _HEADER_KEYS:
+        raise ModelFormatError(f"{label} has a header without the keys of a .npy file")
+    shape, fortran_order = fields["shape"], fields["fortran_order"]
+    if not isinstance(fortran_order, bool) or not _is_shape(shape):
+        raise ModelFormatError(f"{label} has a malformed shape or order in its header")
+    return _read_dtype(fields["descr"], label), fortran_order, shape, offset + length
+
+
+def _is_shape(shape: object) -> bool:
+    return (
+        isinstance(shape, tuple)
+        and len(shape) <= _MAX_DIMENSIONS
+        and all(type(size) is int and 0 <= size < 1 << 63 for size in shape)
+    )
+
+
+def _read_dtype(description: object, label: str) -> np.dtype[Any]:
+    if isinstance(description, str) and not _PLAIN_DTYPE.fullmatch(description):
+        raise ModelFormatError(f"{label} has the dtype {description[:40]!r}, which is not a plain one")
+    if not isinstance(description, str | list | tuple):
+        raise ModelFormatError(f"{label} has no dtype in its header")
+    try:
+        dtype = cast("np.dtype[Any]", npy_format.descr_to_dtype(cast("Any", description)))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, SyntaxError) as error:
+        raise ModelFormatError(f"{label} has an unreadable dtype: {error}") from error
+    if dtype.hasobject:
+        raise ModelFormatError(f"{label} has the dtype object; models hold plain numbers")
+    return dtype
