@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import uuid
-from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, Self
 
-from scaleout_mp.errors import ModelFormatError
 from scaleout_mp.model import container as layout
 from scaleout_mp.model.container import DEFAULT_LIMITS, Container, ContainerLimits
 from scaleout_mp.model.helpers import Helper, get_helper
@@ -17,6 +14,9 @@ from scaleout_mp.model.scaleout_model import ScaleoutModel
 from scaleout_mp.model.zip_writer import ZipWriter
 
 if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Iterator, Mapping
+
     from scaleout_mp.wire.edge_pb2 import FileChunk
 
 logger = logging.getLogger(__name__)
@@ -30,10 +30,11 @@ _UNSET: Final = object()
 
 
 class ScaleoutModelBuilder:
-    """Collects what a model is made of; `build` makes it, as often as it is called. Setters return the builder.
+    """Collects what a model is made of, and makes it. Each setter returns the builder.
 
-    The model id: a model from weights gets a fresh one, always. A loaded model keeps its id until its contents or
-    metadata change, which gives a fresh one, or `set_model_id` says which. A model_id among metadata is ignored.
+    The model id: a model from weights gets a fresh one, always. A loaded model keeps its id until its
+    contents or metadata change, which gives a fresh one, or `set_model_id` says which. A model_id among
+    metadata is ignored.
     """
 
     def __init__(self) -> None:
@@ -54,7 +55,7 @@ class ScaleoutModelBuilder:
     def from_training_model(cls, model_params: Any, helper: Helper | None = None) -> Self:
         """Begin a new model with weights; numpyhelper unless another helper is given."""
         builder = cls().set_training_model(model_params, helper)
-        builder._is_new = True
+        builder._is_new = True  # noqa: SLF001 - the same class
         return builder
 
     @classmethod
@@ -99,11 +100,8 @@ class ScaleoutModelBuilder:
         try:
             if layout.is_container(source.view()):
                 builder._source = Container(source, limits=limits)
-            elif source.size > limits.max_size:
-                raise ModelFormatError(
-                    f"the model has {source.size:,} bytes; {limits.max_size:,} are allowed"
-                )
             else:
+                layout.check_size(source, limits)
                 builder._legacy = source
                 builder._legacy_checksum = source.sha256()
         except BaseException:
@@ -124,9 +122,9 @@ class ScaleoutModelBuilder:
         return self
 
     def set_model_id(self, model_id: str) -> Self:
-        """Choose the id of a loaded model; without effect, except for a warning, on a new model's fresh id."""
-        if not isinstance(model_id, str) or not model_id:
-            raise ValueError("a model id must be a string that is not empty")
+        """Choose the id of a loaded model. A new model keeps its fresh id, with a warning."""
+        if not model_id:
+            raise ValueError("a model id must not be empty")
         self._model_id = model_id
         return self
 
@@ -203,30 +201,32 @@ class ScaleoutModelBuilder:
     def _write_contents(self, writer: ZipWriter, level: int | None) -> Helper | None:
         """Write everything but the metadata; returns the helper whose name the metadata must bear."""
         helper = self._helper
-        replaced: dict[str, bytes | memoryview] = {}
+        written = {layout.METADATA}
         if self._weights is not _UNSET:
             helper = helper or self._helper_of_source() or get_helper("numpyhelper")
             _write_weights(writer, helper, self._weights, level)
-        elif self._legacy is not None:
-            replaced[layout.TRAINING_MODEL] = self._legacy.view()
-        if self._inference is not None:
-            replaced[layout.INFERENCE_MODEL] = _bytes_of(self._inference)
-        for name, data in self._files.items():
-            replaced[layout.FILES + name] = _bytes_of(data)
-        for name, content in replaced.items():
+            written.add(layout.TRAINING_MODEL)
+        for name, content in self._new_entries():
             if level is None:
                 writer.add(name, content, align=True)
             else:
                 with writer.stream(name, deflate_level=level) as entry:
                     entry.write(content)
+            written.add(name)
         if self._source is not None:
-            written = {layout.METADATA, *replaced}
-            if self._weights is not _UNSET:
-                written.add(layout.TRAINING_MODEL)
             for name, taken in self._source.entries.items():
                 if name not in written:
                     writer.add_raw(self._source.source.view(), taken)
         return helper
+
+    def _new_entries(self) -> Iterator[tuple[str, bytes | memoryview]]:
+        """Yield what is new beside weights from a helper."""
+        if self._legacy is not None and self._weights is _UNSET:
+            yield layout.TRAINING_MODEL, self._legacy.view()
+        if self._inference is not None:
+            yield layout.INFERENCE_MODEL, _bytes_of(self._inference)
+        for name, data in self._files.items():
+            yield layout.FILES + name, _bytes_of(data)
 
     def _helper_of_source(self) -> Helper | None:
         name = self._source.metadata.get("helper_type") if self._source is not None else None
@@ -244,7 +244,7 @@ class ScaleoutModelBuilder:
             return metadata
         if self._model_id is not None:
             logger.warning(
-                "a model from weights gets a fresh id; %r is ignored. Use to_builder().set_model_id() on the result.",
+                "a model from weights gets a fresh id, not %r: use to_builder().set_model_id() on the result",
                 self._model_id,
                 extra={"action": "model_id_ignored"},
             )

@@ -17,7 +17,8 @@ def crc32(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
 def crc32_combine(first: int, second: int, second_length: int) -> int:
     """Return the CRC-32 of two pieces laid end to end from the CRC-32 of each.
 
-    Appending n bytes multiplies the first CRC by x^(8n) modulo the polynomial; the same method as zlib's crc32_combine.
+    Appending n bytes multiplies the first CRC by x^(8n) modulo the polynomial; the same method as zlib's
+    crc32_combine.
     """
     return _multiply(_power_of_x(8 * second_length), first) ^ second
 

@@ -9,13 +9,15 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.errors import IncompatibleModelFormatError, ModelError, ModelFormatError
 from scaleout_mp.model import zip_reader
 from scaleout_mp.model.memfd import DEFAULT_MAX_SIZE, MappedBytes
 from scaleout_mp.model.zip_reader import ArchiveLimits
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 METADATA: Final = "metadata.json"
 TRAINING_MODEL: Final = "training_model.bin"
@@ -54,10 +56,10 @@ class Container:
     ) -> None:
         """Open and take ownership of `source`, which stays the caller's when this raises.
 
-        `trusted`: its bytes were made or checked by this package; stored entries are not compared with their CRC-32.
+        `trusted`: its bytes were made or checked by this package; stored entries are not compared with
+        their CRC-32.
         """
-        if source.size > limits.max_size:
-            raise ModelFormatError(f"the model has {source.size:,} bytes; {limits.max_size:,} are allowed")
+        check_size(source, limits)
         self.source = source
         self.entries = zip_reader.read_directory(
             source.view(), ArchiveLimits(max_entries=limits.max_entries, max_total=limits.max_inflated)
@@ -77,7 +79,7 @@ class Container:
         """Return a second owner of the same container; nothing is read again."""
         twin = copy.copy(self)
         twin.source = self.source.dup()
-        twin._checked = set(self._checked)
+        twin._checked = set(self._checked)  # noqa: SLF001 - the same class
         return twin
 
     def content(self, name: str) -> memoryview:
@@ -97,7 +99,7 @@ class Container:
             self.content(name)
 
     def content_digest(self) -> bytes:
-        """Return the SHA-256 that signatures cover: name, NUL, bytes of every entry in the order of the names."""
+        """Return the SHA-256 that signatures cover: each entry's name, NUL and bytes, by name."""
         digest = hashlib.sha256()
         for name in sorted(self.entries):
             digest.update(name.encode() + b"\0")
@@ -123,9 +125,16 @@ class Container:
             raise ModelFormatError(f"{METADATA} is not a JSON object")
         version = _take_version(metadata)
         for key in ("model_id", "helper_type", "inference_model_format"):
-            if not isinstance(metadata.get(key), str | None):
+            value: object = metadata.get(key)
+            if value is not None and not isinstance(value, str):
                 raise ModelFormatError(f"{METADATA} has a {key} that is not a string")
         return metadata, version
+
+
+def check_size(source: MappedBytes, limits: ContainerLimits) -> None:
+    """Raise ModelFormatError when a model is larger than allowed."""
+    if source.size > limits.max_size:
+        raise ModelFormatError(f"the model has {source.size:,} bytes; {limits.max_size:,} are allowed")
 
 
 def is_container(view: memoryview) -> bool:
@@ -149,7 +158,7 @@ def encode_metadata(metadata: Mapping[str, Any]) -> bytes:
         raise TypeError(f"metadata must be JSON values: {error}") from error
 
 
-def check_file_name(name: str) -> None:
+def check_file_name(name: object) -> None:
     """Raise ValueError unless the name of an attached file is a plain one."""
     if not isinstance(name, str) or not name or name == "." or ".." in name or set(name) & {"/", "\\", "\0"}:
         raise ValueError(f"{name!r} is not a plain file name")
@@ -168,7 +177,8 @@ def _check_entry_name(name: str) -> None:
 def _take_version(metadata: dict[str, Any]) -> int:
     """Remove the container's version from metadata and return it.
 
-    The old key counts only where the new one is missing, for a user of the new format may have a "version" as well.
+    The old key counts only where the new one is missing, for a user of the new format may have a "version"
+    as well.
     """
     version: object = FORMAT_VERSION
     if _VERSION_KEY in metadata:
@@ -181,6 +191,7 @@ def _take_version(metadata: dict[str, Any]) -> int:
         raise ModelFormatError(f"{METADATA} has a container version that is not a number: {version!r:.40}")
     if version > FORMAT_VERSION:
         raise IncompatibleModelFormatError(
-            f"the model container is of version {version}; this package reads up to {FORMAT_VERSION}. Upgrade scaleout-mp."
+            f"the model container is of version {version}, and this package reads up to {FORMAT_VERSION}: "
+            "upgrade scaleout-mp"
         )
     return version

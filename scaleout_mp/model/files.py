@@ -10,7 +10,7 @@ from scaleout_mp.model.memfd import Bytes, write_all
 
 
 def replace_file(path: str | os.PathLike[str], data: Bytes, *, sync: bool) -> None:
-    """Write `data` beside `path` and rename it there, so that a reader sees the old file or the new one, whole.
+    """Write `data` beside `path` and rename it there: a reader sees the old file or the new one.
 
     `sync`: make it survive a loss of power, too.
     """

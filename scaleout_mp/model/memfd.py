@@ -1,7 +1,7 @@
 """Bytes behind a descriptor: sealed anonymous memory, and files mapped in place.
 
-Nothing made here has a name in a file system, so nothing can be left behind. See memfd_create(2), and fcntl(2) on
-file sealing.
+Nothing made here has a name in a file system, so nothing can be left behind. See memfd_create(2), and
+fcntl(2) on file sealing.
 """
 
 from __future__ import annotations
@@ -48,14 +48,15 @@ class MappedBytes:
     def open(cls, path: str | os.PathLike[str]) -> Self:
         """Open a regular file where it lies, without a copy.
 
-        The file must not be truncated while it is mapped: a reader would die of SIGBUS. Replacing it by rename is fine.
+        The file must not be truncated while it is mapped: a reader would die of SIGBUS. Replacing it by
+        rename is fine.
         """
         # O_NONBLOCK: a FIFO in the file's place must not hang us; regular files ignore it.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
-                raise ModelFormatError(f"{os.fspath(path)} is not a regular file")
+                raise ModelFormatError(f"{os.fspath(path)} is not a regular file")  # noqa: TRY301
             return cls(fd, status.st_size)
         except BaseException:
             os.close(fd)
@@ -68,7 +69,7 @@ class MappedBytes:
         try:
             status = os.fstat(own)
             if not stat.S_ISREG(status.st_mode):
-                raise ModelFormatError("the descriptor is neither a file nor memory")
+                raise ModelFormatError("the descriptor is neither a file nor memory")  # noqa: TRY301
             return cls(own, status.st_size)
         except BaseException:
             os.close(own)
@@ -93,8 +94,8 @@ class MappedBytes:
         """Return the read-only map; made once. Empty bytes cannot be mapped: ValueError."""
         self._require_open()
         if self._map is None:
-            # MAP_PRIVATE: before Linux 6.7 a shared map of a write-sealed memfd is refused even when it is read-only.
-            # The pages are the same; nothing is ever copied, since nothing can write through the map.
+            # MAP_PRIVATE: before Linux 6.7 a shared map of a write-sealed memfd is refused, read-only or not.
+            # The pages are the same, and none is ever copied, since nothing can write through the map.
             self._map = mmap.mmap(self._fd, self._size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
         return self._map
 
@@ -115,13 +116,13 @@ class MappedBytes:
     def dup(self) -> Self:
         """Return a second owner of the same bytes, with a descriptor and a map of its own."""
         twin = type(self)(_dup(self.fileno()), self._size)
-        twin._sha256 = self._sha256
+        twin._sha256 = self._sha256  # noqa: SLF001 - the same class
         return twin
 
     def moved_to(self, path: str | os.PathLike[str]) -> MappedBytes:
         """Return the owner of a file that now holds the same bytes."""
         moved = MappedBytes.open(path)
-        moved._sha256 = self._sha256
+        moved._sha256 = self._sha256  # noqa: SLF001 - the same class
         return moved
 
     def close(self) -> None:
@@ -173,7 +174,7 @@ class MemoryFile:
         self.size = 0
 
     def write(self, *parts: Bytes) -> int:
-        """Append all parts, in order, with as few system calls as possible; returns how many bytes that was."""
+        """Append all parts, in order, in as few system calls as possible; returns the bytes written."""
         if not self._closer.alive:
             raise ValueError("the memory was sealed or closed")
         # By write(2), not through a map: the kernel fills fresh pages without a fault for each.

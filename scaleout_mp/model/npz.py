@@ -1,7 +1,7 @@
 """Lists of numpy arrays as an .npz archive with the members 0.npy, 1.npy, ...
 
-Stored members come back as read-only views of the archive's own bytes. Pickled objects are refused in both directions.
-The .npy header is that of numpy's NEP 1.
+Stored members come back as read-only views of the archive's own bytes. Pickled objects are refused in both
+directions. The .npy header is that of numpy's NEP 1.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 from numpy.lib import format as npy_format
 
 from scaleout_mp.errors import ModelFormatError
 from scaleout_mp.model import zip_reader
-from scaleout_mp.model.memfd import Bytes
 from scaleout_mp.model.zip_reader import ArchiveLimits
 from scaleout_mp.model.zip_writer import Sink, ZipWriter
+
+if TYPE_CHECKING:
+    from scaleout_mp.model.memfd import Bytes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -32,12 +34,12 @@ _MAGIC: Final = b"\x93NUMPY"
 _MAX_HEADER: Final = 1 << 16
 _HEADER_KEYS: Final = {"descr", "fortran_order", "shape"}
 _MAX_DIMENSIONS: Final = 64
-# Byte order, kind, item size, unit of a time: what numpy itself writes. No O: a pickled object runs code when read.
+# Byte order, kind, item size, unit of a time: what numpy writes. No O: a pickled object runs code when read.
 _PLAIN_DTYPE: Final = re.compile(r"[<>|=]?[?bBiufcmMSUV]\d{0,9}(\[\d{0,9}[a-zA-Z]{1,2}\])?")
 
 
 def write_arrays(arrays: Iterable[Any], sink: Sink) -> None:
-    """Write anything that numpy takes as an array, uncompressed, each array's data at a 64-byte boundary."""
+    """Write whatever numpy takes as arrays, uncompressed, each one's data at a 64-byte boundary."""
     if isinstance(arrays, Mapping | str | bytes):
         raise TypeError(f"the weights must be a list of arrays, not {type(arrays).__name__}")
     writer = ZipWriter(sink)
@@ -48,7 +50,7 @@ def write_arrays(arrays: Iterable[Any], sink: Sink) -> None:
 
 
 def encode_array(array: Array, *, label: str = "array") -> tuple[bytes, Bytes]:
-    """Return an array's .npy header and its bytes, which are the array's own when it is contiguous."""
+    """Return an array's .npy header and its bytes: the array's own when it is contiguous."""
     if array.dtype.hasobject:
         raise ModelFormatError(f"{label} has the dtype object; models hold plain numbers")
     if not (array.flags.c_contiguous or array.flags.f_contiguous):
@@ -63,13 +65,14 @@ def encode_array(array: Array, *, label: str = "array") -> tuple[bytes, Bytes]:
     if not array.nbytes:
         return target.getvalue(), b""
     flat = (array.T if fields["fortran_order"] else array).reshape(-1)
-    return target.getvalue(), memoryview(cast("Any", np.asarray(flat).view(np.uint8)))
+    return target.getvalue(), np.asarray(flat).view(np.uint8).data
 
 
 def read_arrays(view: memoryview, *, verify: bool = True, limits: ArchiveLimits = NPZ_LIMITS) -> list[Array]:
     """Return the arrays in order, read-only.
 
-    `verify`: compare the CRC-32 of stored members; leave it out only when the bytes around them were compared.
+    `verify`: compare the CRC-32 of stored members; leave it out only when the bytes around them were
+    compared.
     """
     entries = zip_reader.read_directory(view, limits)
     arrays = []
@@ -137,7 +140,7 @@ def _read_dtype(description: object, label: str) -> np.dtype[Any]:
     if not isinstance(description, str | list | tuple):
         raise ModelFormatError(f"{label} has no dtype in its header")
     try:
-        dtype = cast("np.dtype[Any]", npy_format.descr_to_dtype(cast("Any", description)))
+        dtype = npy_format.descr_to_dtype(cast("Any", description))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, SyntaxError) as error:
         raise ModelFormatError(f"{label} has an unreadable dtype: {error}") from error
     if dtype.hasobject:

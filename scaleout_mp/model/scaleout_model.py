@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, Self
 
 from scaleout_mp.errors import ModelFormatError
@@ -17,6 +15,9 @@ from scaleout_mp.model.memfd import MappedBytes, SealedMemory
 from scaleout_mp.model.streams import ViewStream
 
 if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Iterator, Mapping
+
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
     from scaleout_mp.model.builder import Compression, ScaleoutModelBuilder
@@ -29,9 +30,9 @@ CHUNK_SIZE = 1 << 20
 class ScaleoutModel:
     """Weights, metadata and, optionally, an inference model and files, in one immutable container.
 
-    The container lies in sealed memory or in a mapped file and is never copied to be read: weights that are stored
-    uncompressed come back as read-only arrays over it. To change something, go through `to_builder`. `close` gives the
-    descriptor back; arrays that were taken stay valid.
+    The container lies in sealed memory or in a mapped file and is never copied to be read: weights that are
+    stored uncompressed come back as read-only arrays over it. To change something, go through `to_builder`.
+    `close` gives the descriptor back; arrays that were taken stay valid.
     """
 
     _container: Container
@@ -72,7 +73,7 @@ class ScaleoutModel:
 
     @staticmethod
     def from_file(file_path: str | os.PathLike[str]) -> ScaleoutModel:
-        """Open a container where it lies, or wrap a legacy file in a new one. The file is neither copied nor deleted."""
+        """Open a container where it lies, or wrap bare weights in a new one. The file stays as it is."""
         from scaleout_mp.model.builder import ScaleoutModelBuilder
 
         return ScaleoutModelBuilder.from_file(file_path).build()
@@ -95,7 +96,7 @@ class ScaleoutModel:
 
     @staticmethod
     def from_memory(memory: SealedMemory, *, limits: ContainerLimits = DEFAULT_LIMITS) -> ScaleoutModel:
-        """Take ownership of sealed memory, such as a download; a legacy model is wrapped in a new container."""
+        """Take ownership of sealed memory, a download for example; bare weights are wrapped."""
         from scaleout_mp.model.builder import ScaleoutModelBuilder
 
         return ScaleoutModelBuilder.from_memory(memory, limits=limits).build()
@@ -104,8 +105,9 @@ class ScaleoutModel:
     def from_fd(cls, fd: int, *, verify: bool = True, limits: ContainerLimits = DEFAULT_LIMITS) -> Self:
         """Adopt a duplicate of a descriptor that another process sent.
 
-        `verify` (for what comes from a child): it must be sealed memory, and the bytes of every entry are compared with
-        their CRC-32. Without it (for what comes from the supervisor) a file is as good, and contents are not read.
+        `verify` (for what comes from a child): it must be sealed memory, and the bytes of every entry are
+        compared with their CRC-32. Without it (for what comes from the supervisor) a file is as good, and
+        contents are not read.
         """
         source = SealedMemory.from_fd(fd) if verify else MappedBytes.from_fd(fd)
         try:
@@ -128,7 +130,7 @@ class ScaleoutModel:
 
     @staticmethod
     def detect_format_file(file_path: str | os.PathLike[str]) -> str:
-        """Say whether a file is a container ("zip") or bare weights ("legacy"); only its directory is read."""
+        """Say whether a file is a container ("zip") or bare weights ("legacy")."""
         with MappedBytes.open(file_path) as source:
             return _detect(source.view())
 
@@ -168,7 +170,7 @@ class ScaleoutModel:
         return layout.TRAINING_MODEL in self._container.entries
 
     def get_training_model(self, helper: Helper | None = None) -> Any:
-        """Return the weights; for numpyhelper a list of read-only arrays, to be copied before they are changed."""
+        """Return the weights; numpyhelper's are read-only arrays, to be copied before a change."""
         helper = helper or self._helper or self._helper_from_metadata()
         with self.get_training_model_stream() as stream:
             return helper.load(stream)
@@ -209,7 +211,7 @@ class ScaleoutModel:
         return name in self._container.files
 
     def open_file(self, name: str) -> ViewStream:
-        """Return an attached file, to be used in a with statement; KeyError when there is none of that name."""
+        """Return an attached file, for a with statement; KeyError when there is none of that name."""
         if not self.has_file(name):
             raise KeyError(f"the model has no file {name!r}")
         return ViewStream(self._container.content(layout.FILES + name))
@@ -227,7 +229,7 @@ class ScaleoutModel:
         return self._container.source.sha256()
 
     def verify_checksum(self, checksum: str | None) -> bool:
-        """Compare a checksum with the container's or, for a legacy model, with that of the bytes as they came.
+        """Compare a checksum with the container's or, of a legacy model, with the received bytes'.
 
         None is no checksum, and passes.
         """
@@ -294,7 +296,7 @@ class ScaleoutModel:
         return self._container.source.closed
 
     def close(self) -> None:
-        """Give the memory back, as soon as no array over it is left. A file on disk stays. Safe to call again."""
+        """Give the memory back, as soon as no array over it is left. Safe to call again."""
         self._container.source.close()
 
     def __enter__(self) -> Self:
@@ -310,8 +312,8 @@ class ScaleoutModel:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a ScaleoutModel cannot be pickled: its bytes go between processes by descriptor. Pass it to a task as an "
-            "argument or return it as the result, or use save_to_file."
+            "a ScaleoutModel cannot be pickled: its bytes go between processes by descriptor. Pass it to a task "
+            "as an argument, return it as the result, or use save_to_file."
         )
 
     def _helper_from_metadata(self) -> Helper:

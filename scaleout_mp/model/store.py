@@ -17,7 +17,7 @@ _PLAIN_ID: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
 
 class ModelStore:
-    """A folder of `<model_id>.scm` files. Several processes may use it: a file is there whole or not at all."""
+    """A folder of `<model_id>.scm` files, each there whole or not at all, for several processes."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Use a folder, which is made when it is missing."""
@@ -25,7 +25,7 @@ class ModelStore:
         os.makedirs(self.folder, exist_ok=True)
 
     def put(self, model: ScaleoutModel) -> str:
-        """Write a model to disk under its id, durably, and return the file's path. The model itself stays as it is."""
+        """Write a model to disk under its id, durably, and return the file's path."""
         if model.model_id is None:
             raise ModelError("a model without an id cannot be stored")
         path = self.path(model.model_id)
@@ -36,7 +36,8 @@ class ModelStore:
     def get(self, model_id: str, *, verify: bool = False) -> ScaleoutModel:
         """Return a model mapped from disk; ModelNotFoundError when it is not here.
 
-        `verify`: read all of it and compare with its checksums first; otherwise each part is when it is first used.
+        `verify`: read all of it and compare with its checksums first; otherwise each part is when it is
+        first used.
         """
         try:
             model = ScaleoutModel.from_file(self.path(model_id))

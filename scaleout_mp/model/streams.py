@@ -7,7 +7,7 @@ from typing import Any
 
 
 class ViewStream(io.RawIOBase):
-    """A read-only, seekable file over a memoryview; `getbuffer` gives the bytes themselves, without a copy."""
+    """A read-only, seekable file over a memoryview; `getbuffer` gives the bytes without a copy."""
 
     def __init__(self, view: memoryview) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """A strict reader of ZIP archives that lie in memory.
 
-Stored entries are views of the archive, not copies. Everything that an archive from outside says about itself is
-checked against its bytes and against limits before anything is inflated. Offsets and fields: PKWARE APPNOTE 6.3.10,
-sections 4.3 and 4.5.3.
+Stored entries are views of the archive, not copies. Everything that an archive from outside says about
+itself is checked against its bytes and against limits before anything is inflated. Offsets and fields:
+PKWARE APPNOTE 6.3.10, sections 4.3 and 4.5.3.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import dataclasses
 import stat
 import struct
 import zlib
-from collections.abc import Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from scaleout_mp.errors import ModelFormatError
 from scaleout_mp.model.checksums import crc32
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 STORED: Final = 0
 DEFLATED: Final = 8
@@ -33,7 +35,7 @@ LOCAL: Final = struct.Struct("<4s5H3L2H")
 #: magic, version made by, version needed, flags, method, time, date, crc, compressed size, size, name length,
 #: extra length, comment length, disk, internal attributes, external attributes, header offset
 CENTRAL: Final = struct.Struct("<4s6H3L5H2L")
-#: magic, disk, directory's disk, entries on this disk, entries, directory size, directory offset, comment length
+#: magic, disk, directory's disk, entries on this disk, entries, directory size and offset, comment length
 END: Final = struct.Struct("<4s4H2LH")
 #: magic, record size, version made by, version needed, disk, directory's disk, entries on this disk, entries,
 #: directory size, directory offset
@@ -130,7 +132,7 @@ def read_entry(view: memoryview, entry: ZipEntry, *, verify: bool) -> memoryview
 
 def _inflate(raw: memoryview, entry: ZipEntry) -> memoryview:
     # Not zeroed: pages are taken only as far as data really comes out.
-    target = memoryview(np.empty(entry.size, dtype=np.uint8))
+    target = np.empty(entry.size, dtype=np.uint8).data
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     filled = crc = 0
     try:
@@ -159,7 +161,7 @@ def _inflate(raw: memoryview, entry: ZipEntry) -> memoryview:
 
 
 def _find_end(view: memoryview) -> int | None:
-    """Return the offset of the end record, which is followed by a comment of the length it names and nothing else."""
+    """Return the offset of the end record, after which comes its comment and nothing else."""
     lowest = max(0, len(view) - END.size - MAX_16)
     tail = bytes(view[lowest:])
     at = len(tail) - END.size
@@ -287,7 +289,7 @@ def _data_offset(view: memoryview, offset: int, raw_name: bytes, method: int, di
         or bytes(view[name_start : name_start + name_length]) != raw_name
     ):
         raise ModelFormatError("an entry's own header and the archive's directory disagree")
-    return name_start + name_length + int(extra_length)
+    return int(name_start + name_length + extra_length)
 
 
 def _refuse_overlap(entries: dict[str, ZipEntry], directory: _Directory) -> None:

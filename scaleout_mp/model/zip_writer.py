@@ -6,13 +6,15 @@ import dataclasses
 import io
 import struct
 import zlib
-from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from scaleout_mp.model import zip_reader as zf
 from scaleout_mp.model.checksums import crc32, crc32_combine
 from scaleout_mp.model.memfd import Bytes, MemoryFile
 from scaleout_mp.model.zip_reader import ZipEntry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 #: Cache lines and the widest vector loads: arrays at such offsets of a page-aligned map are used in place.
 ALIGNMENT: Final = 64

@@ -1,7 +1,8 @@
 """How a model's weights become bytes and back, and the arithmetic that aggregators use.
 
-A helper of your own is any object with the methods of `Helper`; `register_helper` makes it known by its name to this
-process. A model remembers the name, so every process that reads the model must have registered it.
+A helper of your own is any object with the methods of `Helper`; `register_helper` makes it known by its
+name to this process. A model remembers the name, so every process that reads the model must have registered
+it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ def register_helper(helper: Helper) -> None:
     """Make a helper known under its name; a later one with the same name takes its place."""
     if not isinstance(helper, Helper):
         raise TypeError("a helper needs a name and the methods save and load")
-    if not isinstance(helper.name, str) or not helper.name:
-        raise ValueError("a helper's name must be a string that is not empty")
+    if not helper.name:
+        raise ValueError("a helper's name must not be empty")
     _helpers[helper.name] = helper
 
 

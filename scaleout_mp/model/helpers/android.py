@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from scaleout_mp.model.helpers.base import Source, Target, write_bytes
 from scaleout_mp.model.helpers.binary import flat_vector
-from scaleout_mp.model.npz import Array
+
+if TYPE_CHECKING:
+    from scaleout_mp.model.npz import Array
 
 
 class AndroidHelper:
@@ -17,7 +19,7 @@ class AndroidHelper:
     name = "androidhelper"
 
     def increment_average(self, m1: Any, m2: Any, n: float, N: float) -> Array:  # noqa: N803
-        """Return m1 + n * (m2 - m1) / N: the mean over N examples after m2, which saw n of them, joined m1."""
+        """Return m1 + n * (m2 - m1) / N: the mean over N examples, n of which m2 saw."""
         first = np.asarray(m1)
         return np.asarray(first + n * (np.asarray(m2) - first) / N)
 

@@ -39,7 +39,7 @@ class Helper(Protocol):
         ...
 
     def save(self, weights: Any, target: Any, /) -> Any:
-        """Write weights to a path or an open file. Called while a model is built, with a file that cannot seek."""
+        """Write weights to a path or an open file; while a model is built, to a file that cannot seek."""
         ...
 
     def load(self, source: Any, /) -> Any:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from scaleout_mp.errors import ModelFormatError
 from scaleout_mp.model.helpers.base import Source, Target, read_bytes, write_bytes
 from scaleout_mp.model.helpers.numeric import ListArithmetic
-from scaleout_mp.model.npz import Array
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from scaleout_mp.model.npz import Array
 
 
 class BinaryHelper(ListArithmetic):

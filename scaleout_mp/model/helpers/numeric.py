@@ -22,7 +22,7 @@ class ListArithmetic:
     """
 
     def increment_average(self, m1: Weights, m2: Weights, n: float, N: float) -> list[Any]:  # noqa: N803
-        """Return m1 + n * (m2 - m1) / N: the mean over N examples after m2, which saw n of them, joined m1."""
+        """Return m1 + n * (m2 - m1) / N: the mean over N examples, n of which m2 saw."""
         return self._pairwise(lambda x, y: np.add(x, n * (np.asarray(y) - x) / N), m1, m2)
 
     def add(self, m1: Weights, m2: Weights, a: float = 1.0, b: float = 1.0) -> list[Any]:
@@ -58,7 +58,7 @@ class ListArithmetic:
         return [np.full(np.shape(x), float(a)) for x in m1]
 
     def norm(self, m1: Weights) -> float:
-        """Return the sum of the arrays' 1-norms; for a matrix that is the largest column sum (numpy.linalg.norm)."""
+        """Return the sum of the arrays' 1-norms; a matrix's is its largest column sum."""
         return float(sum((np.linalg.norm(x, 1) for x in m1), 0.0))
 
     @staticmethod
