@@ -1,0 +1,21 @@
+"""Runs callables in confined processes: launch, watch, stop, report. Knows nothing of Scaleout."""
+
+from scaleout_mp.executor.core import ExecutorCore
+from scaleout_mp.executor.execution import Execution, Outcome
+from scaleout_mp.executor.launcher import Child, Exited, Launcher, Started, StartOrder
+from scaleout_mp.executor.task_executor import Task, TaskExecutor
+from scaleout_mp.ipc.arguments import PreparedCallable
+
+__all__ = [
+    "Child",
+    "Execution",
+    "ExecutorCore",
+    "Exited",
+    "Launcher",
+    "Outcome",
+    "PreparedCallable",
+    "StartOrder",
+    "Started",
+    "Task",
+    "TaskExecutor",
+]

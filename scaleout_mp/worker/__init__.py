@@ -1,0 +1,1 @@
+"""What runs in the template and in a task's process. Light: no grpc, no psutil, no cryptography."""

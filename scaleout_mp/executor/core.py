@@ -1,0 +1,154 @@
+"""The executor on an event loop: what a supervisor builds on, and `TaskExecutor` wraps."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from scaleout_mp.config import Limits
+from scaleout_mp.errors import ConfigError
+from scaleout_mp.executor.execution import Execution, ExecutionPlan
+from scaleout_mp.executor.launcher import Launcher
+from scaleout_mp.executor.output import OutputRelay
+from scaleout_mp.executor.template import StartMethod, TemplateLauncher
+from scaleout_mp.ipc import arguments
+from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
+from scaleout_mp.task import AbortOrigin, Record, TaskState
+
+#: Modules that the template imports before its first task.
+PRELOAD: Final = ("numpy", "scaleout_mp.model")
+#: Bytes; a returned model that is larger is not taken.
+MAX_MODEL_SIZE: Final = 64 * 2**30
+
+
+def default_concurrency() -> int:
+    """Return how many tasks run at once unless somebody says otherwise."""
+    return max(4, os.cpu_count() or 1)
+
+
+class ExecutorCore:
+    """Runs callables in confined processes. Every method is called on one event loop.
+
+    `launcher` replaces the template process; it is given by who runs tasks elsewhere.
+    """
+
+    def __init__(
+        self,
+        *,
+        limits: Limits | None = None,
+        start_method: StartMethod = "template",
+        preload: Sequence[str] = PRELOAD,
+        max_concurrent_tasks: int | None = None,
+        echo_output: bool = True,
+        launcher: Launcher | None = None,
+    ) -> None:
+        if start_method not in {"template", "spawn"}:
+            raise ConfigError(f'start_method must be "template" or "spawn", not {start_method!r}')
+        most = default_concurrency() if max_concurrent_tasks is None else max_concurrent_tasks
+        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+            raise ConfigError(f"max_concurrent_tasks must be a whole number above 0, not {max_concurrent_tasks!r}")
+        self._limits = limits or Limits()
+        self._launcher = launcher or TemplateLauncher(start_method=start_method, preload=preload)
+        self._echo = echo_output
+        self._relay = OutputRelay()
+        self._slots = asyncio.Semaphore(most)
+        self._running: dict[Execution, asyncio.Task[None]] = {}
+        self._closing = False
+
+    async def start(self) -> None:
+        """Start the launcher and wait until it is ready. Raises LauncherError."""
+        await self._launcher.open()
+
+    @staticmethod
+    def prepare(function: Callable[..., Any]) -> PreparedCallable:
+        """Pickle a callable once, for many tasks. Raises CallbackNotSendable that names the culprit."""
+        return arguments.prepare(function)
+
+    def submit(
+        self,
+        function: Callable[..., Any] | PreparedCallable,
+        /,
+        *args: Any,
+        task_id: str | None = None,
+        name: str | None = None,
+        limits: Limits | None = None,
+        on_record: Callable[[Record], None] | None = None,
+        on_state: Callable[[TaskState], None] | None = None,
+        **kwargs: Any,
+    ) -> Execution:
+        """Order a task; it starts when its turn comes.
+
+        `on_record` gets what the task logs, in order and before the outcome; `on_state` each state after PENDING.
+        Raises CallbackNotSendable and ValueNotSendable.
+        """
+        call = function if isinstance(function, PreparedCallable) else arguments.prepare(function)
+        return self.submit_packed(
+            call,
+            arguments.pack(args, kwargs),
+            task_id=task_id,
+            name=name,
+            limits=limits,
+            on_record=on_record,
+            on_state=on_state,
+        )
+
+    def submit_packed(
+        self,
+        call: PreparedCallable,
+        packed: PackedArguments,
+        *,
+        task_id: str | None = None,
+        name: str | None = None,
+        limits: Limits | None = None,
+        on_record: Callable[[Record], None] | None = None,
+        on_state: Callable[[TaskState], None] | None = None,
+    ) -> Execution:
+        """Order a task whose arguments were packed before, on another thread for example. Takes them over."""
+        if self._closing:
+            packed.close()
+            raise RuntimeError("the executor is closed")
+        plan = ExecutionPlan(
+            task_id=task_id or uuid.uuid4().hex,
+            name=name or call.name,
+            call=call,
+            arguments=packed,
+            limits=limits or self._limits,
+            max_model_size=MAX_MODEL_SIZE,
+            on_record=on_record,
+            on_state=on_state,
+        )
+        execution = Execution(plan, self._launcher, self._relay, echo=self._echo)
+        task = asyncio.get_running_loop().create_task(self._run(execution), name=f"task {plan.task_id}")
+        self._running[execution] = task
+        task.add_done_callback(lambda _: self._running.pop(execution, None))
+        return execution
+
+    async def _run(self, execution: Execution) -> None:
+        if not self._slots.locked():
+            async with self._slots:
+                await execution.run()
+            return
+        turn = asyncio.ensure_future(self._slots.acquire())
+        try:
+            await asyncio.wait([turn, execution.stop_requested], return_when=asyncio.FIRST_COMPLETED)
+            await execution.run()
+        finally:
+            if not turn.cancel() and not turn.cancelled():
+                self._slots.release()
+
+    async def wait_idle(self) -> None:
+        """Wait until no task is pending or running."""
+        while self._running:
+            await asyncio.wait(list(self._running.values()))
+
+    async def aclose(self, reason: str = "the executor is closing") -> None:
+        """Abort what runs, wait until every tree is gone, end the launcher."""
+        self._closing = True
+        for execution in list(self._running):
+            execution.abort(AbortOrigin.CLIENT, reason)
+        await self.wait_idle()
+        await self._launcher.close()
+        self._relay.close()

@@ -1,0 +1,389 @@
+"""One task from the order to the report: it ties channel, watchdog, ladder and report together."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, Final
+
+from scaleout_mp.config import Limits
+from scaleout_mp.errors import LauncherError, ProtocolViolation
+from scaleout_mp.executor import ladder
+from scaleout_mp.executor.launcher import Child, Launcher, StartOrder
+from scaleout_mp.executor.output import OutputRelay, OutputTail
+from scaleout_mp.executor.report import Evidence, StopCause, make_report, readable_size
+from scaleout_mp.executor.watchdog import MemoryWatch
+from scaleout_mp.ipc import frames, messages, values
+from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
+from scaleout_mp.ipc.channel import SupervisorChannel, channel_pair, close_all
+from scaleout_mp.ipc.frames import Frame, Kind
+from scaleout_mp.sandbox import tree
+from scaleout_mp.task import (
+    AbortOrigin,
+    EndReason,
+    ExitReport,
+    LogLine,
+    MetricRecord,
+    Record,
+    StopStage,
+    TaskLife,
+    TaskState,
+)
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that threads and exit handlers get once the result is in.
+EXIT_GRACE: Final = 2.0
+
+#: Seconds that a process which is being started may take to appear before its launcher counts as stuck.
+_START_GRACE: Final = 1.0
+
+_ABORT_TEXT: Final = {
+    AbortOrigin.SERVER: "Aborted by server",
+    AbortOrigin.SERVER_TIMEOUT: "Timed out by server",
+    AbortOrigin.CLIENT: "Aborted by client",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of a task."""
+
+    report: ExitReport
+    #: What the callable returned; None unless the task completed.
+    value: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExecutionPlan:
+    """What a task runs, and how. Made by `ExecutorCore.submit`."""
+
+    task_id: str
+    name: str
+    call: PreparedCallable
+    arguments: PackedArguments
+    limits: Limits
+    max_model_size: int
+    on_record: Callable[[Record], None] | None = None
+    on_state: Callable[[TaskState], None] | None = None
+
+
+class Execution:
+    """One task. Use it on the executor's event loop only."""
+
+    def __init__(self, plan: ExecutionPlan, launcher: Launcher, relay: OutputRelay, *, echo: bool) -> None:
+        self._plan = plan
+        self._launcher = launcher
+        self._relay = relay
+        self._echo = echo
+        self._loop = asyncio.get_running_loop()
+        self._life = TaskLife()
+        self._tag = tree.new_tag()
+        self._evidence = Evidence(task_id=plan.task_id, name=plan.name, memory_limit=plan.limits.memory_bytes)
+        self._value: Any = None
+        #: The result is in and is being checked.
+        self._reading: asyncio.Task[Any] | None = None
+        self._watch: MemoryWatch | None = None
+        self._channel: SupervisorChannel | None = None
+        self._child: Child | None = None
+        self._helpers: set[asyncio.Task[None]] = set()
+        self._stopping: asyncio.Task[None] | None = None
+        self._outcome: asyncio.Future[Outcome] = self._loop.create_future()
+        #: Done as soon as somebody wants the task to end.
+        self.stop_requested: asyncio.Future[None] = self._loop.create_future()
+
+    # --- For callers -----------------------------------------------------------------------------------------------
+
+    @property
+    def task_id(self) -> str:
+        """The id of the task."""
+        return self._plan.task_id
+
+    @property
+    def name(self) -> str:
+        """What runs, for people."""
+        return self._plan.name
+
+    @property
+    def state(self) -> TaskState:
+        """Where the task is in its life."""
+        return self._life.state
+
+    @property
+    def memory_now(self) -> int:
+        """Bytes that the tree has made its own, at the last look."""
+        return 0 if self._watch is None else self._watch.now
+
+    @property
+    def memory_peak(self) -> int:
+        """The largest value of `memory_now` so far."""
+        return 0 if self._watch is None else self._watch.peak
+
+    @property
+    def memory_limit(self) -> int | None:
+        """Bytes; None: no limit."""
+        return self._plan.limits.memory_bytes or None
+
+    def abort(self, origin: AbortOrigin, reason: str = "") -> None:
+        """Ask the task to stop, and see to it that it does. Further calls change nothing."""
+        text = reason or _ABORT_TEXT[origin]
+        self._stop(StopCause(reason=origin.end_reason, message=text), abort_text=text)
+
+    async def outcome(self) -> Outcome:
+        """Wait until the task is gone with all its descendants. Cancelling the wait leaves the task alone."""
+        return await asyncio.shield(self._outcome)
+
+    # --- The life --------------------------------------------------------------------------------------------------
+
+    def _advance(self, state: TaskState) -> None:
+        self._life.advance(state)
+        if self._plan.on_state is not None:
+            self._plan.on_state(state)
+
+    async def run(self) -> None:
+        """Live the task's life. Called once, by the executor, when the task's turn has come."""
+        started_at = self._loop.time()
+        tails: list[OutputTail] = []
+        try:
+            if self._evidence.stop is None:
+                self._advance(TaskState.STARTING)
+                self._start(tails)
+                await self._see_through()
+        except OSError as error:
+            # No descriptors or no memory for them: this machine is full, which the report says.
+            self._evidence.launcher_problem = f"cannot start a task: {error}"
+        finally:
+            for helper in self._helpers:
+                helper.cancel()
+            if self._channel is not None:
+                self._channel.close()
+            for tail in tails:
+                tail.drain()
+                tail.close()
+            if tails:
+                self._evidence.stdout_tail, self._evidence.stderr_tail = (tail.text for tail in tails)
+            self._plan.arguments.close()
+            self._evidence.wall_seconds = self._loop.time() - started_at
+            self._finish()
+
+    def _start(self, tails: list[OutputTail]) -> None:
+        plan = self._plan
+        ours, theirs = channel_pair()
+        ends = []
+        try:
+            self._channel = SupervisorChannel(ours, on_frame=self._on_frame, on_closed=self._on_closed)
+            # The task waits in the channel before its process exists: nothing is left to ask for after the fork.
+            packed = plan.arguments
+            self._channel.send(
+                frames.encode(Kind.TASK, plan.task_id, packed.table, descriptors=len(packed.descriptors)),
+                packed.descriptors,
+            )
+            for stream in ("stdout", "stderr"):
+                end, write_end = os.pipe2(os.O_CLOEXEC)
+                ends.append(write_end)
+                tails.append(OutputTail(end, self._echo_to(stream)))
+            self._child = self._launcher.start(
+                StartOrder(
+                    task_id=plan.task_id,
+                    call=plan.call,
+                    tag=self._tag,
+                    memory_limit=plan.limits.memory_bytes,
+                    log_level=logging.getLogger().getEffectiveLevel(),
+                    channel=theirs,
+                    stdout=ends[0],
+                    stderr=ends[1],
+                )
+            )
+        finally:
+            # With our copies of the child's ends open, neither stream would ever end.
+            theirs.close()
+            close_all(ends)
+
+    def _echo_to(self, stream: str) -> Callable[[str], None] | None:
+        return (lambda text: self._relay.echo(stream, text)) if self._echo else None
+
+    async def _see_through(self) -> None:
+        child = self._child
+        assert child is not None
+        assert self._channel is not None
+        strays = True
+        self._help(self._watch_clock())
+        try:
+            started = await child.started
+            self._evidence.start_method = started.method
+            if not self._life.ended and self._life.state is TaskState.STARTING:
+                self._advance(TaskState.RUNNING)
+            self._watch = MemoryWatch(
+                pid=started.pid,
+                tag=self._tag,
+                limit=self._plan.limits.memory_bytes,
+                shared=self._plan.arguments.model_bytes,
+            )
+            self._help(self._watch_memory(self._watch))
+            exited = await child.exited
+            self._evidence.exited = exited
+            strays = exited.strays
+        except LauncherError as error:
+            self._evidence.launcher_problem = str(error)
+        if self._stopping is not None:
+            await self._stopping
+        if strays:
+            self._evidence.strays_killed = await ladder.sweep(self._tag)
+        # What was in the socket before the end counts, however the end came.
+        self._channel.drain()
+        await self._await_result()
+
+    def _help(self, helper: Any) -> None:
+        task = self._loop.create_task(helper)
+        self._helpers.add(task)
+        task.add_done_callback(self._helpers.discard)
+
+    async def _watch_memory(self, watch: MemoryWatch) -> None:
+        # A new process has nothing yet: the first look can wait as long as the limit is far.
+        while True:
+            await asyncio.sleep(watch.pause())
+            if watch.look(self._loop.time()):
+                break
+        limit, size = readable_size(watch.limit), readable_size(watch.now)
+        cause = StopCause(
+            reason=EndReason.MEMORY_LIMIT, message=f"passed its memory limit of {limit} (peak {size})"
+        )
+        # No grace: every moment of it would go into more memory.
+        self._stop(cause, grace=0)
+
+    async def _watch_clock(self) -> None:
+        wall_time = self._plan.limits.wall_time
+        if wall_time is None:
+            return
+        await asyncio.sleep(wall_time)
+        text = f"ran longer than its wall-clock limit of {wall_time:g} s"
+        self._stop(StopCause(reason=EndReason.WALL_TIME, message=text), abort_text=text)
+
+    # --- Stopping --------------------------------------------------------------------------------------------------
+
+    def _stop(self, cause: StopCause, *, abort_text: str = "", grace: float | None = None) -> None:
+        seen = self._evidence
+        decided = seen.stop is not None or seen.has_result or seen.failure is not None
+        if decided or self._life.ended:
+            return
+        seen.stop = cause
+        self.stop_requested.set_result(None)
+        logger.info(
+            "stopping task %s: %s",
+            self.name,
+            cause.message,
+            extra={"action": "task_stopping", "task_id": self.task_id, "reason": cause.reason.value},
+        )
+        if self._life.state is TaskState.PENDING:
+            return
+        if self._life.state is not TaskState.STOPPING:
+            self._advance(TaskState.STOPPING)
+        self._climb(abort_text, self._plan.limits.abort_grace if grace is None else grace)
+
+    def _climb(self, abort_text: str, grace: float) -> None:
+        if self._stopping is None:
+            self._stopping = self._loop.create_task(self._climb_when_started(abort_text, grace))
+
+    async def _climb_when_started(self, abort_text: str, grace: float) -> None:
+        child, channel = self._child, self._channel
+        assert child is not None
+        assert channel is not None
+        # Before it is started there is nothing to signal.
+        await asyncio.wait([child.started], timeout=max(grace, _START_GRACE))
+        if not child.started.done():
+            self._launcher.abandon(self.task_id)
+        await ladder.climb(
+            tag=self._tag,
+            grace=grace,
+            ask=lambda: channel.send(frames.encode(Kind.ABORT, abort_text)),
+            gone=child.exited,
+            on_stage=self._on_stage,
+        )
+
+    def _on_stage(self, stage: StopStage) -> None:
+        self._evidence.stopped_by = stage
+
+    async def _hurry_exit(self) -> None:
+        """Once the end is decided by the task itself, its process has only so long to leave."""
+        await asyncio.sleep(EXIT_GRACE)
+        self._climb("", 0)
+
+    # --- What the child says -----------------------------------------------------------------------------------------
+
+    def _on_frame(self, frame: Frame) -> None:
+        if frame.kind in messages.RECORD_KINDS:
+            self._on_record(messages.parse_record(frame))
+        elif self._reading is not None or self._evidence.failure is not None:
+            close_all(frame.descriptors)
+            raise ProtocolViolation(f"a {frame.kind.name} frame came after the task's end")
+        elif frame.kind is Kind.RESULT:
+            self._take_result(frame)
+        elif frame.kind is Kind.FAILURE:
+            self._evidence.failure = messages.parse_failure(frame)
+            self._help(self._hurry_exit())
+        else:
+            close_all(frame.descriptors)
+            raise ProtocolViolation(f"a task sent {frame.kind.name}")
+
+    def _take_result(self, frame: Frame) -> None:
+        # On a thread: checking a large model takes as long as reading it.
+        self._reading = self._loop.create_task(
+            asyncio.to_thread(
+                values.decode,
+                frame.fields[0] if len(frame.fields) == 1 else None,
+                frame.descriptors,
+                max_model_size=self._plan.max_model_size,
+            )
+        )
+        self._help(self._hurry_exit())
+
+    async def _await_result(self) -> None:
+        if self._reading is None:
+            return
+        try:
+            value = await self._reading
+        except ProtocolViolation as violation:
+            self._on_closed(violation)
+            return
+        if self._evidence.stop is None:
+            self._value = value
+            self._evidence.has_result = True
+
+    def _on_record(self, record: Record) -> None:
+        if isinstance(record, LogLine):
+            self._relay.log(record)
+            return
+        if isinstance(record, MetricRecord) and record.step is not None:
+            self._evidence.last_step = record.step
+        if self._plan.on_record is not None:
+            try:
+                self._plan.on_record(record)
+            except Exception:
+                # The listener's fault must not cost the task the frames that came with this one.
+                logger.exception("a record could not be passed on", extra={"action": "record_listener_failed"})
+
+    def _on_closed(self, violation: ProtocolViolation | None) -> None:
+        if violation is not None:
+            cause = StopCause(reason=EndReason.PROTOCOL, message=f"broke the rules of the control channel: {violation}")
+            self._stop(cause, grace=0)
+
+    # --- The end ---------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        seen = self._evidence
+        seen.peak_memory = self.memory_peak
+        report = make_report(seen)
+        self._advance(TaskState.ENDED)
+        level = logging.DEBUG if report.completed else logging.WARNING
+        logger.log(
+            level,
+            "%s",
+            report.explain(),
+            extra={"action": "task_ended", "task_id": self.task_id, "reason": report.reason.value},
+        )
+        if not self._outcome.done():
+            self._outcome.set_result(Outcome(report=report, value=self._value if report.completed else None))
+        self._value = None

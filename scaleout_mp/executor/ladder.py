@@ -1,0 +1,59 @@
+"""The kill ladder: ask, tell, kill. Kills the whole tree; decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from signal import SIGTERM
+
+from scaleout_mp.sandbox import tree
+from scaleout_mp.task import StopStage
+
+logger = logging.getLogger(__name__)
+
+
+async def climb(
+    *,
+    tag: int,
+    grace: float,
+    ask: Callable[[], None],
+    gone: asyncio.Future[object],
+    on_stage: Callable[[StopStage], None],
+) -> None:
+    """Stop a task; returns when its first process is gone. What it left behind is `sweep`'s.
+
+    `grace` is in seconds: `ask` is called at once, SIGTERM goes to the tree after half of it, SIGKILL at its end.
+    `gone` is done, in whatever way, when the first process was reaped.
+    """
+    deadline = asyncio.get_running_loop().time() + grace
+    if grace > 0:
+        on_stage(StopStage.ABORT)
+        ask()
+        if await _done_by(gone, deadline - grace / 2):
+            return
+        on_stage(StopStage.SIGTERM)
+        await asyncio.to_thread(tree.signal_tagged, tag, SIGTERM)
+        if await _done_by(gone, deadline):
+            return
+    on_stage(StopStage.SIGKILL)
+    while not gone.done():
+        await sweep(tag)
+        await _done_by(gone, asyncio.get_running_loop().time() + 1)
+
+
+async def sweep(tag: int) -> int:
+    """Kill every process that wears the tag; return how many there were. Goes on until none is left."""
+    killed = 0
+    while True:
+        try:
+            return killed + await asyncio.to_thread(tree.kill_tagged, tag)
+        except TimeoutError as error:
+            # Uninterruptible in the kernel, most likely on a dead network file system: nothing else can be done.
+            logger.error("task tree survives SIGKILL: %s", error, extra={"action": "tree_survives"})  # noqa: TRY400
+
+
+async def _done_by(gone: asyncio.Future[object], deadline: float) -> bool:
+    seconds = deadline - asyncio.get_running_loop().time()
+    await asyncio.wait([gone], timeout=max(0.0, seconds))
+    return gone.done()

@@ -1,0 +1,80 @@
+"""The contract between the executor and whatever starts processes for it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import socket
+from typing import Protocol
+
+from scaleout_mp.ipc.arguments import PreparedCallable
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StartOrder:
+    """One process to start. The launcher passes the three descriptors on and keeps none."""
+
+    task_id: str
+    call: PreparedCallable
+    #: Mark of the tree, see `sandbox.tree`.
+    tag: int
+    #: Bytes; 0: none.
+    memory_limit: int
+    #: Records of the logging module below this level stay in the child.
+    log_level: int
+    channel: socket.socket
+    stdout: int
+    stderr: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Started:
+    """A process runs."""
+
+    pid: int
+    #: "template" or "spawn".
+    method: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exited:
+    """A process is gone and reaped."""
+
+    #: Exit code, or minus the signal that ended it.
+    code: int
+    cpu_seconds: float
+    #: Bytes.
+    max_rss: int
+    #: Whether its tree may have left something: somebody should look.
+    strays: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Child:
+    """A process that was ordered. Either future raises LauncherError when the launcher cannot tell any more."""
+
+    started: asyncio.Future[Started]
+    exited: asyncio.Future[Exited]
+
+
+class Launcher(Protocol):
+    """Starts the processes of tasks. All methods are called on one event loop, by `ExecutorCore`."""
+
+    async def open(self) -> None:
+        """Get ready. Called once, before the first start."""
+        ...
+
+    def start(self, order: StartOrder) -> Child:
+        """Order a process; returns at once."""
+        ...
+
+    def abandon(self, task_id: str) -> None:
+        """Give up on an order whose process does not appear; its futures raise soon after.
+
+        Called when the task is to stop. It may cost other tasks: a launcher that is stuck serves none.
+        """
+        ...
+
+    async def close(self) -> None:
+        """End what `open` began. Called once, when no task runs any more."""
+        ...

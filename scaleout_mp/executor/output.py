@@ -1,0 +1,137 @@
+"""What a task prints: the last of it is kept for the report, all of it is passed on if wanted."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import logging
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable
+from typing import Final, TextIO
+
+from scaleout_mp.task import LogLine
+
+#: Bytes of the end of a stream that are kept for the report.
+KEPT: Final = 1 << 13
+_READ: Final = 1 << 16
+#: Pieces of output and log lines that wait for a slow terminal before more are dropped.
+_MOST_WAITING: Final = 10_000
+
+
+class OutputRelay:
+    """Passes output and log lines on to this process's own streams and loggers, from a thread of its own.
+
+    A terminal that was stopped with Ctrl-S, a full disk under a log file or a slow handler must not hold up the
+    event loop, which owns heartbeats and deadlines.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(_MOST_WAITING)
+        self._dropped = 0
+        self._thread: threading.Thread | None = None
+
+    def echo(self, stream: str, text: str) -> None:
+        """Write text to `sys.stdout` or `sys.stderr`, whatever that is at that moment."""
+        self._put(lambda: _write(getattr(sys, stream), text))
+
+    def log(self, line: LogLine) -> None:
+        """Hand a record to the logger of the same name in this process."""
+        target = logging.getLogger(line.logger)
+        if target.isEnabledFor(line.level):
+            self._put(lambda: _handle(target, line))
+
+    def _put(self, action: Callable[[], None]) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="scaleout-output", daemon=True)
+            self._thread.start()
+        try:
+            self._queue.put_nowait(action)
+        except queue.Full:
+            self._dropped += 1
+
+    def _run(self) -> None:
+        while (action := self._queue.get()) is not None:
+            try:
+                action()
+            except (OSError, ValueError):
+                # The stream is closed or broken; there is no better place to say so.
+                self._dropped += 1
+
+    def close(self) -> None:
+        """Pass on what waits, at most for a second."""
+        if self._thread is None:
+            return
+        try:
+            self._queue.put(None, timeout=1)
+        except queue.Full:
+            return
+        self._thread.join(1)
+        self._thread = None
+        if self._dropped:
+            logging.getLogger(__name__).warning(
+                "%d pieces of task output were not shown", self._dropped, extra={"action": "output_dropped"}
+            )
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    if stream is not None:
+        stream.write(text)
+        stream.flush()
+
+
+def _handle(target: logging.Logger, line: LogLine) -> None:
+    record = target.makeRecord(line.logger, line.level, "(task)", 0, line.message, (), None)
+    record.created = line.timestamp
+    target.handle(record)
+
+
+class OutputTail:
+    """Reads one stream of one task off a pipe."""
+
+    def __init__(self, descriptor: int, on_text: Callable[[str], None] | None) -> None:
+        os.set_blocking(descriptor, False)
+        self._descriptor = descriptor
+        self._on_text = on_text
+        self._kept = bytearray()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+        self._loop = asyncio.get_running_loop()
+        self._open = True
+        self._loop.add_reader(descriptor, self._read)
+
+    def _read(self) -> bool:
+        try:
+            data = os.read(self._descriptor, _READ)
+        except BlockingIOError:
+            return False
+        if not data:
+            self.close()
+            return False
+        self._kept += data
+        del self._kept[:-KEPT]
+        if self._on_text is not None:
+            self._on_text(self._decoder.decode(data))
+        return True
+
+    def drain(self) -> None:
+        """Read what is in the pipe now; called once every writer is dead, so a pipe's capacity bounds it."""
+        for _ in range(1 << 8):
+            if not self._open or not self._read():
+                return
+
+    def close(self) -> None:
+        """Stop reading."""
+        if self._open:
+            self._open = False
+            self._loop.remove_reader(self._descriptor)
+            os.close(self._descriptor)
+
+    @property
+    def text(self) -> str:
+        """The end of the stream, whole lines where possible."""
+        text = self._kept.decode("utf-8", "backslashreplace")
+        if len(self._kept) >= KEPT:
+            text = text.partition("\n")[2] or text
+        return text

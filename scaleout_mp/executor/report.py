@@ -1,0 +1,147 @@
+"""Turns what was seen of a task's end into its report. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from typing import Final
+
+from scaleout_mp.executor.launcher import Exited
+from scaleout_mp.ipc.messages import Failure
+from scaleout_mp.task import EndReason, ExitReport, StopStage
+
+_CRASH_BANNER: Final = "Fatal Python error:"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StopCause:
+    """Why somebody here decided to end a task."""
+
+    reason: EndReason
+    #: Continues the sentence "task X: ...".
+    message: str
+
+
+@dataclasses.dataclass(kw_only=True)
+class Evidence:
+    """All that was seen of one task."""
+
+    task_id: str
+    name: str
+    memory_limit: int = 0
+    peak_memory: int = 0
+    wall_seconds: float = 0.0
+    last_step: int | None = None
+    start_method: str | None = None
+    stop: StopCause | None = None
+    stopped_by: StopStage | None = None
+    has_result: bool = False
+    failure: Failure | None = None
+    exited: Exited | None = None
+    #: What the launcher said when it could not start the process, or lost it.
+    launcher_problem: str | None = None
+    stdout_tail: str = ""
+    stderr_tail: str = ""
+    #: Living descendants that were killed after the task's own process had ended.
+    strays_killed: int = 0
+
+
+def readable_size(size: float) -> str:
+    """Return bytes for people, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def make_report(seen: Evidence) -> ExitReport:
+    """Return the one report of a task's end."""
+    reason, message = _conclude(seen)
+    code = None if seen.exited is None else seen.exited.code
+    return ExitReport(
+        task_id=seen.task_id,
+        name=seen.name,
+        reason=reason,
+        message=message,
+        exit_code=code if code is not None and code >= 0 else None,
+        signal=_signal_name(code),
+        error_type=None if seen.failure is None else seen.failure.error_type,
+        traceback=_traceback(seen),
+        memory_limit=seen.memory_limit or None,
+        peak_memory=seen.peak_memory or None,
+        max_rss=None if seen.exited is None else seen.exited.max_rss,
+        wall_seconds=seen.wall_seconds,
+        cpu_seconds=None if seen.exited is None else seen.exited.cpu_seconds,
+        last_step=seen.last_step,
+        stdout_tail=seen.stdout_tail,
+        stderr_tail=seen.stderr_tail,
+        stopped_by=seen.stopped_by,
+        start_method=seen.start_method,
+        notes=_notes(seen, reason, code),
+    )
+
+
+def _conclude(seen: Evidence) -> tuple[EndReason, str]:
+    if seen.has_result:
+        return EndReason.COMPLETED, f"completed in {seen.wall_seconds:.2f} s"
+    if seen.stop is not None:
+        return seen.stop.reason, f"{seen.stop.message}; {_how_it_went(seen)}"
+    if seen.failure is not None:
+        if seen.failure.is_memory_error and seen.memory_limit:
+            return EndReason.MEMORY_LIMIT, (
+                f"ran out of memory: an allocation past its limit of {readable_size(seen.memory_limit)} was refused "
+                f"(peak {readable_size(seen.peak_memory)})"
+            )
+        first_line = seen.failure.message.strip().partition("\n")[0]
+        return EndReason.FAILED, f"raised {seen.failure.error_type}: {first_line}".rstrip(": ")
+    if seen.launcher_problem is not None:
+        reason = EndReason.REFUSED if seen.start_method is None else EndReason.CRASHED
+        return reason, seen.launcher_problem
+    return EndReason.CRASHED, _crash_message(seen)
+
+
+def _crash_message(seen: Evidence) -> str:
+    code = 0 if seen.exited is None else seen.exited.code
+    if code == -signal.SIGKILL:
+        return "died of SIGKILL that was not sent from here: by the kernel's out-of-memory killer, or by somebody else"
+    if code < 0:
+        return f"crashed with {_signal_name(code)}"
+    return f"exited with code {code} before it returned a result"
+
+
+def _how_it_went(seen: Evidence) -> str:
+    if seen.exited is None:
+        return "it was never started" if seen.start_method is None else "its launcher was lost"
+    if seen.stopped_by is StopStage.SIGKILL:
+        return "killed with SIGKILL"
+    if seen.stopped_by is StopStage.SIGTERM:
+        return "it ended on SIGTERM"
+    return "it ended by itself"
+
+
+def _signal_name(code: int | None) -> str | None:
+    if code is None or code >= 0:
+        return None
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _traceback(seen: Evidence) -> str | None:
+    if seen.failure is not None:
+        return seen.failure.traceback
+    start = seen.stderr_tail.rfind(_CRASH_BANNER)
+    return seen.stderr_tail[start:] if start >= 0 else None
+
+
+def _notes(seen: Evidence, reason: EndReason, code: int | None) -> tuple[str, ...]:
+    notes = []
+    if seen.strays_killed:
+        plural = "es" if seen.strays_killed > 1 else ""
+        notes.append(f"{seen.strays_killed} process{plural} that it left behind had to be killed")
+    if reason is EndReason.COMPLETED and code:
+        how = _signal_name(code) or f"exit code {code}"
+        notes.append(f"its process ended with {how} after the result was in")
+    return tuple(notes)

@@ -1,0 +1,238 @@
+"""The executor for scripts and notebooks: blocking calls, an event loop on a thread behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, Self
+
+from scaleout_mp.config import Limits
+from scaleout_mp.executor.core import PRELOAD, ExecutorCore
+from scaleout_mp.executor.execution import Execution, Outcome
+from scaleout_mp.executor.template import StartMethod
+from scaleout_mp.ipc import arguments
+from scaleout_mp.task import AbortOrigin, ExitReport, Record, TaskState
+
+#: Records of one task that wait for `Task.records`; past it the oldest go.
+_MOST_RECORDS: Final = 1_000_000
+
+
+class Task:
+    """One submitted task. Every method may be called from any thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._execution: Execution | None = None
+        self._records: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
+        self._outcome: concurrent.futures.Future[Outcome] = concurrent.futures.Future()
+        self._records_done = False
+
+    def __repr__(self) -> str:
+        execution = self._execution
+        return "<Task>" if execution is None else f"<Task {execution.name} {execution.task_id} {execution.state}>"
+
+    @property
+    def task_id(self) -> str:
+        """The id of the task; it is in every log record and in the report."""
+        return self._started.task_id
+
+    @property
+    def state(self) -> TaskState:
+        """Where the task is in its life."""
+        return self._started.state
+
+    @property
+    def memory_peak(self) -> int:
+        """Bytes of private memory of the task's tree at its peak so far."""
+        return self._started.memory_peak
+
+    @property
+    def _started(self) -> Execution:
+        assert self._execution is not None
+        return self._execution
+
+    def done(self) -> bool:
+        """Whether the task is gone and its report is there."""
+        return self._outcome.done()
+
+    def records(self) -> Iterator[Record]:
+        """Yield what the task logs, as it comes, until the task is over. Each record is yielded once."""
+        while not self._records_done:
+            record = self._records.get()
+            if record is None:
+                self._records_done = True
+                return
+            yield record
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for what the callable returned.
+
+        Raises TaskFailed, TaskCrashed, TaskKilled or TaskRefused, each with the ExitReport as `report`, and
+        TimeoutError when the task is not over after `timeout` seconds; the task then goes on.
+        """
+        outcome = self._outcome.result(timeout)
+        if outcome.report.completed:
+            return outcome.value
+        raise outcome.report.to_error()
+
+    def report(self, timeout: float | None = None) -> ExitReport:
+        """Wait for the end, whatever it is, and return its report. Raises TimeoutError."""
+        return self._outcome.result(timeout).report
+
+    def abort(self, reason: str = "") -> None:
+        """Ask the task to stop; it is killed when its grace is over. Returns at once."""
+        self._loop.call_soon_threadsafe(self._started.abort, AbortOrigin.CLIENT, reason)
+
+    # --- Called on the loop ------------------------------------------------------------------------------------------
+
+    def _on_record(self, record: Record) -> None:
+        self._records.put(record)
+        if self._records.qsize() > _MOST_RECORDS:
+            self._records.get_nowait()
+
+    def _begin(self, execution: Execution) -> None:
+        self._execution = execution
+        watch = self._loop.create_task(self._finish(execution))
+        self._watch = watch
+
+    async def _finish(self, execution: Execution) -> None:
+        outcome = await execution.outcome()
+        self._records.put(None)
+        self._outcome.set_result(outcome)
+
+
+class TaskExecutor:
+    """Runs callables in processes of their own, with limits, and says how each one ended.
+
+    Use it as a context manager; on the way out it waits for running tasks, or aborts them after an exception.
+    `limits` are the default of every task. `start_method` is "template" (fork from a warm interpreter, about a
+    millisecond) or "spawn" (a fresh interpreter each time). `preload` names modules that the template imports once.
+    `echo_output` passes on what tasks print.
+    """
+
+    def __init__(
+        self,
+        *,
+        limits: Limits | None = None,
+        start_method: StartMethod = "template",
+        preload: Sequence[str] = PRELOAD,
+        max_concurrent_tasks: int | None = None,
+        echo_output: bool = True,
+    ) -> None:
+        self._make_core = lambda: ExecutorCore(
+            limits=limits,
+            start_method=start_method,
+            preload=preload,
+            max_concurrent_tasks=max_concurrent_tasks,
+            echo_output=echo_output,
+        )
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._core: ExecutorCore | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        self._open()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.shutdown(abort=kind is not None)
+
+    def submit(
+        self,
+        function: Callable[..., Any],
+        /,
+        *args: Any,
+        limits: Limits | None = None,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> Task:
+        """Order a task: `function(*args, **kwargs)` in a process of its own.
+
+        Arguments may be models, which are handed over without a copy, and whatever pickles. The callable returns
+        models, numpy arrays, numbers, strings, and lists, tuples and dicts of them. Raises CallbackNotSendable,
+        which names the captured object, and ValueNotSendable, which names the argument.
+        """
+        loop, core = self._open()
+        # Pickled here: a large closure must not hold up the loop, and errors belong to the caller.
+        call = arguments.prepare(function)
+        packed = arguments.pack(args, kwargs)
+        task = Task(loop)
+        submitted: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def begin() -> None:
+            try:
+                task._begin(  # noqa: SLF001 - the other half of this class
+                    core.submit_packed(call, packed, name=name, limits=limits, on_record=task._on_record)  # noqa: SLF001
+                )
+            except RuntimeError as error:
+                submitted.set_exception(error)
+            else:
+                submitted.set_result(None)
+
+        loop.call_soon_threadsafe(begin)
+        submitted.result()
+        return task
+
+    def shutdown(self, *, abort: bool = False) -> None:
+        """Wait for running tasks, or abort them first, and end the template. Later calls do nothing."""
+        with self._lock:
+            if self._closed or self._thread is None:
+                self._closed = True
+                return
+            self._closed = True
+        assert self._loop is not None
+        assert self._core is not None
+        closing = asyncio.run_coroutine_threadsafe(self._close(self._core, abort=abort), self._loop)
+        try:
+            closing.result()
+        except KeyboardInterrupt:
+            # Ctrl-C while waiting for tasks: stop them, and see that through.
+            asyncio.run_coroutine_threadsafe(self._core.aclose("Ctrl-C"), self._loop).result()
+            raise
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+
+    @staticmethod
+    async def _close(core: ExecutorCore, *, abort: bool) -> None:
+        if not abort:
+            await core.wait_idle()
+        await core.aclose()
+
+    def _open(self) -> tuple[asyncio.AbstractEventLoop, ExecutorCore]:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the executor is shut down")
+            if self._thread is None:
+                ready: concurrent.futures.Future[None] = concurrent.futures.Future()
+                self._thread = threading.Thread(target=self._run, args=(ready,), name="scaleout-executor", daemon=True)
+                self._thread.start()
+                try:
+                    ready.result()
+                except BaseException:
+                    self._closed = True
+                    raise
+        assert self._loop is not None
+        assert self._core is not None
+        return self._loop, self._core
+
+    def _run(self, ready: concurrent.futures.Future[None]) -> None:
+        # The template's death signal is bound to the thread that starts it: this one, which lives as long as needed.
+        with asyncio.Runner() as runner:
+            self._loop = runner.get_loop()
+            try:
+                runner.run(self._start())
+            except Exception as error:  # noqa: BLE001 - it is raised in the thread that opened the executor
+                ready.set_exception(error)
+                return
+            ready.set_result(None)
+            self._loop.run_forever()
+
+    async def _start(self) -> None:
+        self._core = self._make_core()
+        await self._core.start()

@@ -1,0 +1,247 @@
+"""The launcher of this package: orders to the template process."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Final, Literal
+
+from scaleout_mp.errors import LauncherError, ProtocolViolation
+from scaleout_mp.executor.launcher import Child, Exited, Started, StartOrder
+from scaleout_mp.ipc import frames
+from scaleout_mp.ipc.arguments import PreparedCallable
+from scaleout_mp.ipc.channel import SupervisorChannel, channel_pair, close_all
+from scaleout_mp.ipc.frames import MAX_LOADED, Frame, Kind
+
+logger = logging.getLogger(__name__)
+
+StartMethod = Literal["template", "spawn"]
+
+#: Thread pools of these libraries must not exist when the template forks: the child would wait for their threads.
+_ONE_THREAD: Final = (
+    "OPENBLAS_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
+_CLOSE_SECONDS: Final = 5.0
+_DYING_SECONDS: Final = 0.05
+#: Callables of at most this many bytes travel in the frame, larger ones in a memfd.
+_INLINE_CALLABLE: Final = 1 << 16
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Life:
+    """One template process, from its start to its death."""
+
+    process: subprocess.Popen[bytes]
+    channel: SupervisorChannel
+    ready: asyncio.Future[None]
+    #: Keys of the callables it holds, oldest first: the template drops them in the same order.
+    keys: dict[str, str]
+    children: dict[str, Child]
+    closing: bool = False
+
+
+class TemplateLauncher:
+    """Starts the template when it is first needed, and again after it died."""
+
+    def __init__(self, *, start_method: StartMethod = "template", preload: Sequence[str] = ()) -> None:
+        self._start_method = start_method
+        self._preload = list(preload)
+        self._life: _Life | None = None
+        self._said_fallback = False
+
+    @property
+    def pid(self) -> int | None:
+        """The template's pid while it lives."""
+        return None if self._life is None else self._life.process.pid
+
+    async def open(self) -> None:
+        """Start the template and wait until it has preloaded."""
+        await asyncio.shield(self._alive().ready)
+
+    def start(self, order: StartOrder) -> Child:
+        """Order a process; a template that died is started anew first."""
+        life = self._alive()
+        loop = asyncio.get_running_loop()
+        child = Child(started=loop.create_future(), exited=loop.create_future())
+        for future in (child.started, child.exited):
+            # Whoever waits gets the error; when nobody does, it is not news.
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        life.children[order.task_id] = child
+        self._send_callable(life, order.call)
+        life.channel.send(
+            frames.encode(
+                Kind.START,
+                order.task_id,
+                order.call.key,
+                order.tag,
+                order.memory_limit,
+                order.log_level,
+                descriptors=3,
+            ),
+            [order.channel.fileno(), order.stdout, order.stderr],
+        )
+        return child
+
+    @staticmethod
+    def _send_callable(life: _Life, call: PreparedCallable) -> None:
+        if call.key in life.keys:
+            return
+        life.keys[call.key] = call.name
+        while len(life.keys) > MAX_LOADED:
+            del life.keys[next(iter(life.keys))]
+        if len(call.pickled) <= _INLINE_CALLABLE:
+            life.channel.send(frames.encode(Kind.LOAD, call.key, call.pickled))
+            return
+        descriptor = os.memfd_create("scaleout-callable", os.MFD_CLOEXEC)
+        with open(descriptor, "r+b", buffering=0) as file:
+            view = memoryview(call.pickled)
+            while view:
+                view = view[file.write(view) :]
+            file.seek(0)
+            life.channel.send(frames.encode(Kind.LOAD, call.key, None, descriptors=1), [descriptor])
+
+    # --- The process -----------------------------------------------------------------------------------------------
+
+    def _alive(self) -> _Life:
+        if self._life is not None and self._life.channel.open:
+            return self._life
+        ours, theirs = channel_pair()
+        with theirs:
+            # Through vfork and exec, never a plain fork: this process may have gRPC's threads.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "scaleout_mp.worker.template"],
+                stdin=theirs,
+                env={**os.environ, **dict.fromkeys(_ONE_THREAD, "1")},
+            )
+        ready = asyncio.get_running_loop().create_future()
+        ready.add_done_callback(lambda done: done.cancelled() or done.exception())
+        life: _Life
+
+        def on_frame(frame: Frame) -> None:
+            self._on_frame(life, frame)
+
+        def on_closed(violation: ProtocolViolation | None) -> None:
+            self._on_closed(life, violation)
+
+        channel = SupervisorChannel(ours, on_frame=on_frame, on_closed=on_closed)
+        life = self._life = _Life(process=process, channel=channel, ready=ready, keys={}, children={})
+        search_path = [entry or os.getcwd() for entry in sys.path]
+        channel.send(frames.encode(Kind.SETUP, self._start_method == "spawn", search_path, self._preload))
+        logger.debug("template started", extra={"action": "template_started", "template_pid": process.pid})
+        return life
+
+    def _on_frame(self, life: _Life, frame: Frame) -> None:
+        close_all(frame.descriptors)
+        handlers: dict[Kind, Callable[..., None]] = {
+            Kind.READY: self._on_ready,
+            Kind.LOADED: self._on_loaded,
+            Kind.STARTED: self._on_started,
+            Kind.NOT_STARTED: self._on_not_started,
+            Kind.EXITED: self._on_exited,
+        }
+        handler = handlers.get(frame.kind)
+        if handler is None:
+            raise ProtocolViolation(f"the template sent {frame.kind.name}")
+        try:
+            handler(life, *frame.fields)
+        except (TypeError, KeyError) as error:
+            raise ProtocolViolation(f"the template sent a {frame.kind.name} that does not fit: {error}") from error
+
+    def _on_ready(self, life: _Life, problems: list[str], unforkable: str | None) -> None:
+        for problem in problems:
+            logger.warning("cannot preload %s", problem, extra={"action": "preload_failed"})
+        self._note_fallback(unforkable)
+        if not life.ready.done():
+            life.ready.set_result(None)
+
+    def _on_loaded(self, life: _Life, key: str, problem: str | None, unforkable: str | None) -> None:
+        if problem is not None:
+            name = life.keys.get(key, key)
+            logger.error("callback %s cannot be loaded:\n%s", name, problem, extra={"action": "callback_not_loaded"})
+        self._note_fallback(unforkable)
+
+    def _note_fallback(self, unforkable: str | None) -> None:
+        if unforkable and not self._said_fallback:
+            self._said_fallback = True
+            logger.warning(
+                "the template cannot fork (%s): each task starts a fresh interpreter instead",
+                unforkable,
+                extra={"action": "template_fallback"},
+            )
+
+    def _on_started(self, life: _Life, task_id: str, pid: int, method: str) -> None:
+        started = life.children[task_id].started
+        if not started.done():
+            started.set_result(Started(pid=pid, method=method))
+
+    def _on_not_started(self, life: _Life, task_id: str, problem: str) -> None:
+        self._fail(life.children.pop(task_id), problem)
+
+    def _on_exited(self, life: _Life, task_id: str, code: int, cpu: float, max_rss: int, strays: bool) -> None:
+        child = life.children.pop(task_id)
+        if not child.exited.done():
+            child.exited.set_result(Exited(code=code, cpu_seconds=cpu, max_rss=max_rss, strays=strays))
+
+    @staticmethod
+    def _fail(child: Child, problem: str) -> None:
+        for future in (child.started, child.exited):
+            if not future.done():
+                future.set_exception(LauncherError(problem))
+
+    def _on_closed(self, life: _Life, violation: ProtocolViolation | None) -> None:
+        if life.closing:
+            return
+        try:
+            # The channel closes a moment before the process is gone.
+            code = life.process.wait(_DYING_SECONDS)
+        except subprocess.TimeoutExpired:
+            # The channel is all that it lives for. Its tasks die with it.
+            life.process.kill()
+            code = life.process.wait()
+        how = f"of {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        problem = f"the template process died {how}" if violation is None else f"the template was ended: {violation}"
+        if not life.ready.done():
+            life.ready.set_exception(LauncherError(f"{problem} while it started"))
+        for child in life.children.values():
+            self._fail(child, problem)
+        life.children.clear()
+        if life is self._life:
+            self._life = None
+            logger.error("%s; the next task starts a new one", problem, extra={"action": "template_died"})
+
+    def abandon(self, task_id: str) -> None:
+        """End a template that hangs in user code while it loads a callback."""
+        life = self._life
+        if life is None or task_id not in life.children or life.children[task_id].started.done():
+            return
+        logger.error(
+            "the template does not answer: the user's code hangs while it is loaded; killing the template",
+            extra={"action": "template_stuck", "task_id": task_id},
+        )
+        life.process.kill()
+
+    async def close(self) -> None:
+        """End the template; every process that it still has ends with it."""
+        life, self._life = self._life, None
+        if life is None:
+            return
+        life.closing = True
+        # It ends itself when the channel is closed, after whatever process it still has.
+        life.channel.close()
+        try:
+            await asyncio.to_thread(life.process.wait, _CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            logger.warning("the template does not end by itself; killing it", extra={"action": "template_killed"})
+            life.process.kill()
+            await asyncio.to_thread(life.process.wait)

@@ -1,0 +1,203 @@
+"""Callables and their arguments, on the way from the supervisor into a child.
+
+Pickle goes this way only: a child may trust its supervisor, never the reverse. Models pass as descriptors, large
+buffers through a memfd that the child maps copy-on-write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+import pickle
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Self
+
+from scaleout_mp.errors import CallbackNotSendable, ValueNotSendable
+from scaleout_mp.ipc import segments
+from scaleout_mp.ipc.channel import close_all
+from scaleout_mp.model import ScaleoutModel
+
+#: Buffers below this many bytes are pickled in place.
+_OUT_OF_BAND: Final = 1 << 14
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreparedCallable:
+    """A callable, pickled once, that any number of tasks can run."""
+
+    #: Digest of the pickle: equal keys mean equal callables.
+    key: str
+    #: Qualified name, for people.
+    name: str
+    pickled: bytes
+
+
+def prepare(function: Callable[..., Any]) -> PreparedCallable:
+    """Pickle a callable. Raises CallbackNotSendable, which names what inside it cannot be sent."""
+    import cloudpickle
+
+    name = callable_name(function)
+    if not callable(function):
+        raise CallbackNotSendable(f"{name} is not callable", callback=name)
+    try:
+        pickled = cloudpickle.dumps(function)
+    except Exception as error:
+        culprit = _find_culprit(function)
+        raise CallbackNotSendable(
+            f"callback {name} cannot be sent to a task process: it captures {culprit} ({_one_line(error)}). "
+            "Create such objects inside the callback, or in a module that it imports.",
+            callback=name,
+            culprit=culprit,
+        ) from error
+    return PreparedCallable(key=hashlib.blake2b(pickled, digest_size=16).hexdigest(), name=name, pickled=pickled)
+
+
+def callable_name(function: Any) -> str:
+    """Return what people call a callable: `module.qualname`, without `__main__`."""
+    inner = getattr(function, "callback", function)
+    name = getattr(inner, "__qualname__", None) or type(inner).__qualname__
+    module = getattr(inner, "__module__", None)
+    return name if module in {None, "__main__"} else f"{module}.{name}"
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def _pickles(value: Any) -> bool:
+    import cloudpickle
+
+    try:
+        cloudpickle.dumps(value)
+    except Exception:  # noqa: BLE001 - any error of a user's __reduce__ means: it does not
+        return False
+    return True
+
+
+def _captured(value: Any) -> dict[str, Any]:
+    """Return what a callable or object refers to, by the name a user knows it by."""
+    if isinstance(value, types.MethodType):
+        return {"self": value.__self__, "function": value.__func__}
+    if isinstance(value, types.FunctionType):
+        cells = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=False))
+        captured = {name: cell.cell_contents for name, cell in cells.items() if cell != types.CellType()}
+        captured |= {name: value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__}
+        return captured | {f"default {index}": default for index, default in enumerate(value.__defaults__ or ())}
+    if isinstance(value, Mapping):
+        return {f"[{key!r}]": item for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return {f"[{index}]": item for index, item in enumerate(value)}
+    return dict(getattr(value, "__dict__", {}))
+
+
+def _find_culprit(function: Any, most: int = 8) -> str:
+    """Walk down to the innermost thing that does not pickle and return its path and type."""
+    path = []
+    value = function
+    for _ in range(most):
+        bad = next(((name, item) for name, item in _captured(value).items() if not _pickles(item)), None)
+        if bad is None:
+            break
+        name, value = bad
+        path.append(name)
+    where = "".join(part if part.startswith("[") else f".{part}" for part in path).lstrip(".") or "something"
+    return f"{where}, a {type(value).__module__}.{type(value).__qualname__}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedArguments:
+    """Arguments ready to send: `table` goes into the frame, `descriptors` beside it.
+
+    Close it once the frame is sent.
+    """
+
+    table: list[Any]
+    descriptors: list[int]
+    #: Bytes of models among them, which the child maps and does not make its own.
+    model_bytes: int
+
+    def close(self) -> None:
+        """Free what was made for sending; the models are left alone."""
+        close_all(self.descriptors)
+        self.descriptors.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def pack(args: Sequence[Any], kwargs: Mapping[str, Any]) -> PackedArguments:
+    """Pickle arguments. Raises ValueNotSendable that names the argument."""
+    models: list[ScaleoutModel] = []
+    buffers: list[memoryview] = []
+    pickled = _pickle((tuple(args), dict(kwargs)), models, buffers)
+    table, memory = segments.store([pickled, *buffers])
+    # Copies: the caller may close its models while the task still waits for its turn.
+    descriptors = [os.dup(model.fileno()) for model in models]
+    if memory is not None:
+        descriptors.insert(0, os.dup(memory.fileno()))
+        memory.close()
+    return PackedArguments(
+        table=[memory is not None, table],
+        descriptors=descriptors,
+        model_bytes=sum(model.size for model in models),
+    )
+
+
+def _pickle(value: tuple[Any, ...], models: list[ScaleoutModel], buffers: list[memoryview]) -> bytes:
+    import cloudpickle
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
+        def persistent_id(self, item: Any) -> int | None:
+            if not isinstance(item, ScaleoutModel):
+                return None
+            if not any(item is model for model in models):
+                models.append(item)
+            return next(index for index, model in enumerate(models) if model is item)
+
+    def keep_in_place(buffer: pickle.PickleBuffer) -> bool:
+        view = buffer.raw()
+        if view.nbytes < _OUT_OF_BAND or len(buffers) >= segments.MAX_SEGMENTS - 1:
+            return True
+        buffers.append(view)
+        return False
+
+    file = io.BytesIO()
+    try:
+        Pickler(file, protocol=5, buffer_callback=keep_in_place).dump(value)
+    except Exception as error:
+        args, kwargs = value
+        named = {f"argument {index}": item for index, item in enumerate(args)} | kwargs
+        culprit = next((name for name, item in named.items() if not _is_model(item) and not _pickles(item)), "an argument")
+        raise ValueNotSendable(f"{culprit} cannot be sent to a task process: {_one_line(error)}") from error
+    return file.getvalue()
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, ScaleoutModel)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, pickled: memoryview, buffers: list[memoryview], models: list[ScaleoutModel]) -> None:
+        super().__init__(io.BytesIO(pickled), buffers=buffers)
+        self._models = models
+
+    def persistent_load(self, index: Any) -> ScaleoutModel:
+        return self._models[index]
+
+
+def unpack(table: Any, descriptors: list[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments, in the child. Takes over the descriptors."""
+    has_memory, inner = table
+    memory = descriptors.pop(0) if has_memory else None
+    pickled, *buffers = segments.load(inner, memory)
+    models = [ScaleoutModel.from_fd(descriptor, verify=False) for descriptor in descriptors]
+    close_all(descriptors)
+    args, kwargs = _Unpickler(pickled, buffers, models).load()
+    return args, kwargs

@@ -1,0 +1,117 @@
+"""What a child may say, checked field by field before anybody acts on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Final
+
+from scaleout_mp.errors import ProtocolViolation
+from scaleout_mp.ipc.channel import close_all
+from scaleout_mp.ipc.frames import Frame, Kind
+from scaleout_mp.task import AttributesRecord, LogLine, MetricRecord, Record, RecordContext, TelemetryRecord
+
+#: Keys of one record.
+MAX_KEYS: Final = 4096
+#: Characters of one key or id.
+MAX_NAME: Final = 1024
+#: Characters of one attribute's value.
+MAX_VALUE: Final = 1 << 16
+#: The wire carries steps as UInt32Value.
+MAX_STEP: Final = (1 << 32) - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failure:
+    """What the callable raised."""
+
+    error_type: str
+    message: str
+    traceback: str
+    is_memory_error: bool
+
+
+RECORD_KINDS: Final = frozenset({Kind.METRIC, Kind.ATTRIBUTES, Kind.TELEMETRY, Kind.LOG})
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ProtocolViolation(what)
+
+
+def _fields(frame: Frame, count: int) -> list[Any]:
+    close_all(frame.descriptors)
+    _require(not frame.descriptors, f"a {frame.kind.name} frame came with descriptors")
+    _require(len(frame.fields) == count, f"a {frame.kind.name} frame has {len(frame.fields)} fields, not {count}")
+    return frame.fields
+
+
+def _text(value: Any, most: int, what: str) -> str:
+    _require(isinstance(value, str) and len(value) <= most, f"{what} is not a string of at most {most} characters")
+    return str(value)
+
+
+def _timestamp(value: Any) -> float:
+    # The bound keeps protobuf's Timestamp, which ends with the year 9999.
+    _require(type(value) is float and math.isfinite(value) and 0 <= value < 2.5e11, "a timestamp is none")
+    return float(value)
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    _require(isinstance(value, dict) and len(value) <= MAX_KEYS, f"a record is not a map of at most {MAX_KEYS} keys")
+    for key, number in value.items():
+        _text(key, MAX_NAME, "a key")
+        _require(type(number) is float, "a value is not a float")
+    return dict(value)
+
+
+def _context(value: Any) -> RecordContext | None:
+    if value is None:
+        return None
+    _require(isinstance(value, list) and len(value) == 3, "a context is not three ids")
+    ids = [None if part is None else _text(part, MAX_NAME, "an id") for part in value]
+    return RecordContext(model_id=ids[0], round_id=ids[1], session_id=ids[2])
+
+
+def parse_record(frame: Frame) -> Record:
+    """Return the record in a frame of RECORD_KINDS. Raises ProtocolViolation."""
+    match frame.kind:
+        case Kind.METRIC:
+            metrics, step, context, timestamp = _fields(frame, 4)
+            _require(step is None or (type(step) is int and 0 <= step <= MAX_STEP), "a step is no unsigned 32-bit number")
+            return MetricRecord(
+                metrics=_numbers(metrics), step=step, timestamp=_timestamp(timestamp), context=_context(context)
+            )
+        case Kind.ATTRIBUTES:
+            attributes, timestamp = _fields(frame, 2)
+            _require(isinstance(attributes, dict) and len(attributes) <= MAX_KEYS, "attributes are no map")
+            for key, value in attributes.items():
+                _text(key, MAX_NAME, "a key")
+                _text(value, MAX_VALUE, "an attribute")
+            return AttributesRecord(attributes=attributes, timestamp=_timestamp(timestamp))
+        case Kind.TELEMETRY:
+            telemetry, timestamp = _fields(frame, 2)
+            return TelemetryRecord(telemetry=_numbers(telemetry), timestamp=_timestamp(timestamp))
+        case Kind.LOG:
+            logger, level, message, timestamp = _fields(frame, 4)
+            _require(type(level) is int and 0 <= level <= 1000, "a log level is none")
+            return LogLine(
+                logger=_text(logger, MAX_NAME, "a logger's name"),
+                level=level,
+                message=_text(message, MAX_VALUE, "a log message"),
+                timestamp=_timestamp(timestamp),
+            )
+        case _:
+            raise ProtocolViolation(f"a {frame.kind.name} frame is no record")
+
+
+def parse_failure(frame: Frame) -> Failure:
+    """Return what a FAILURE frame says. Raises ProtocolViolation."""
+    error_type, message, traceback, is_memory_error = _fields(frame, 4)
+    _require(isinstance(is_memory_error, bool), "a failure does not say whether memory ran out")
+    return Failure(
+        error_type=_text(error_type, MAX_NAME, "an error's name"),
+        message=_text(message, MAX_VALUE, "an error's message"),
+        traceback=_text(traceback, 1 << 17, "a traceback"),
+        is_memory_error=is_memory_error,
+    )

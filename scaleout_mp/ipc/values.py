@@ -1,0 +1,195 @@
+"""What a task returns, on the way out of a child: nothing in it can run code.
+
+msgpack with four additions: tuples, numpy arrays, numpy scalars as plain numbers, and models by descriptor. The
+supervisor bounds and checks everything before it builds an object from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from typing import Any, Final, Self
+
+import msgpack
+import numpy as np
+
+from scaleout_mp.errors import ModelFormatError, ProtocolViolation, ValueNotSendable
+from scaleout_mp.ipc import segments
+from scaleout_mp.ipc.channel import close_all
+from scaleout_mp.model import ScaleoutModel
+from scaleout_mp.model.memfd import MemoryFile, SealedMemory, verify_sealed
+
+_TUPLE: Final = 1
+_ARRAY: Final = 2
+_MODEL: Final = 3
+
+#: Bytes of a returned value without its arrays and models.
+MAX_TREE: Final = 1 << 26
+#: Models in one returned value.
+MAX_MODELS: Final = 16
+_PLAIN_KINDS: Final = frozenset("biufcmMSUV")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodedValue:
+    """A value ready to send: `table` goes into the frame, `descriptors` beside it."""
+
+    table: list[Any]
+    descriptors: list[int]
+    _owned: list[SealedMemory]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for memory in self._owned:
+            memory.close()
+
+
+class _Encoder:
+    def __init__(self) -> None:
+        self.arrays: list[memoryview] = []
+        self.models: list[ScaleoutModel] = []
+
+    def pack(self, value: Any) -> bytes:
+        packed: bytes = msgpack.packb(value, default=self._special, strict_types=True)
+        return packed
+
+    def _special(self, value: Any) -> Any:
+        if isinstance(value, ScaleoutModel):
+            return msgpack.ExtType(_MODEL, self.pack(self._model_index(value)))
+        if isinstance(value, tuple):
+            return msgpack.ExtType(_TUPLE, self.pack(list(value)))
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, np.ndarray):
+            return msgpack.ExtType(_ARRAY, self._array(value))
+        for plain in (dict, list, str, bytes, int, float):
+            # Subclasses, such as an OrderedDict or an IntEnum, arrive as their plain base.
+            if isinstance(value, plain):
+                return plain(value)
+        if isinstance(value, bytearray | memoryview):
+            return bytes(value)
+        raise ValueNotSendable(
+            f"a {type(value).__module__}.{type(value).__qualname__} cannot be returned from a task: "
+            "return models, numpy arrays, numbers, strings, and lists, tuples and dicts of them"
+        )
+
+    def _model_index(self, model: ScaleoutModel) -> int:
+        if len(self.models) >= MAX_MODELS:
+            raise ValueNotSendable(f"a task can return at most {MAX_MODELS} models")
+        self.models.append(model)
+        return len(self.models) - 1
+
+    def _array(self, array: np.ndarray[Any, Any]) -> bytes:
+        if array.dtype.kind not in _PLAIN_KINDS or array.dtype.hasobject or array.dtype.names:
+            raise ValueNotSendable(f"an array of dtype {array.dtype} cannot be returned from a task")
+        order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
+        flat = np.asarray(array, order=order).reshape(-1, order=order)
+        self.arrays.append(memoryview(flat.view(np.uint8) if flat.nbytes else b"").cast("B"))
+        return self.pack([array.dtype.str, list(array.shape), order, len(self.arrays)])
+
+
+def encode(value: Any) -> EncodedValue:
+    """Encode what a task returned. Raises ValueNotSendable that names the type which cannot pass."""
+    encoder = _Encoder()
+    try:
+        tree = encoder.pack(value)
+    except (ValueError, OverflowError, TypeError) as error:
+        if isinstance(error, ValueNotSendable):
+            raise
+        raise ValueNotSendable(f"the returned value cannot be sent: {error}") from error
+    if len(tree) > MAX_TREE:
+        raise ValueNotSendable(f"the returned value has {len(tree)} bytes without its arrays; at most {MAX_TREE} pass")
+    if len(encoder.arrays) >= segments.MAX_SEGMENTS:
+        raise ValueNotSendable(f"a task can return at most {segments.MAX_SEGMENTS - 1} arrays")
+    table, memory = segments.store([tree, *encoder.arrays])
+    owned = [] if memory is None else [memory]
+    descriptors = [] if memory is None else [memory.fileno()]
+    for model in encoder.models:
+        descriptor, copy = _sealed_descriptor(model)
+        descriptors.append(descriptor)
+        if copy is not None:
+            owned.append(copy)
+    return EncodedValue(table=[memory is not None, table], descriptors=descriptors, _owned=owned)
+
+
+def _sealed_descriptor(model: ScaleoutModel) -> tuple[int, SealedMemory | None]:
+    """Return a sealed descriptor of a model; one that lies in a file is copied, since files can change."""
+    try:
+        verify_sealed(model.fileno())
+    except ModelFormatError:
+        with MemoryFile() as file:
+            file.write(*model.iter_chunks())
+            copy = file.seal()
+        return copy.fileno(), copy
+    return model.fileno(), None
+
+
+class _Decoder:
+    def __init__(self, views: list[memoryview], models: list[ScaleoutModel]) -> None:
+        self._views = views
+        self._models = models
+
+    def unpack(self, packed: memoryview | bytes) -> Any:
+        return msgpack.unpackb(packed, ext_hook=self._special, strict_map_key=False, max_ext_len=MAX_TREE)
+
+    def _special(self, code: int, data: bytes) -> Any:
+        inner = self.unpack(data)
+        if code == _TUPLE and isinstance(inner, list):
+            return tuple(inner)
+        if code == _MODEL and type(inner) is int and 0 <= inner < len(self._models):
+            return self._models[inner]
+        if code == _ARRAY and isinstance(inner, list) and len(inner) == 4:
+            return self._array(*inner)
+        raise ProtocolViolation(f"a returned value holds an unknown extension {code}")
+
+    def _array(self, dtype: Any, shape: Any, order: Any, index: Any) -> np.ndarray[Any, Any]:
+        if not (isinstance(dtype, str) and len(dtype) <= 64 and order in {"C", "F"} and isinstance(shape, list)):
+            raise ProtocolViolation("an array in a returned value has a bad header")
+        if not (type(index) is int and 0 < index < len(self._views)):
+            raise ProtocolViolation("an array in a returned value has no bytes")
+        if len(shape) > 64 or not all(type(length) is int and length >= 0 for length in shape):
+            raise ProtocolViolation("an array in a returned value has a bad shape")
+        try:
+            kind = np.dtype(dtype)
+        except TypeError:
+            raise ProtocolViolation("an array in a returned value has an unknown dtype") from None
+        view = self._views[index]
+        if kind.hasobject or kind.kind not in _PLAIN_KINDS or math.prod(shape) * kind.itemsize != view.nbytes:
+            raise ProtocolViolation("an array in a returned value does not fit its bytes")
+        return np.frombuffer(view, dtype=np.uint8).view(kind).reshape(shape, order=order) if view.nbytes else np.empty(shape, kind)
+
+
+def decode(table: Any, descriptors: list[int], *, max_model_size: int) -> Any:
+    """Check and return what a child sent. Takes over the descriptors. Blocks while the models' checksums are computed.
+
+    Raises ProtocolViolation when anything does not hold, models that are no models included.
+    """
+    views: list[memoryview] = []
+    models: list[ScaleoutModel] = []
+    try:
+        if not (isinstance(table, list) and len(table) == 2 and isinstance(table[0], bool)):
+            raise ProtocolViolation("a result has no table")
+        if len(descriptors) - table[0] > MAX_MODELS or len(descriptors) < table[0]:
+            raise ProtocolViolation("a result has too many descriptors, or too few")
+        views = segments.load(table[1], descriptors.pop(0) if table[0] else None)
+        if not views or views[0].nbytes > MAX_TREE:
+            raise ProtocolViolation("a result is empty, or too large")
+        for descriptor in descriptors:
+            models.append(_adopt(descriptor, max_model_size))
+        return _Decoder(views, models).unpack(views[0])
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+        for model in models:
+            model.close()
+        raise ProtocolViolation(f"a result cannot be read: {error}") from error
+    finally:
+        close_all(descriptors)
+
+
+def _adopt(descriptor: int, max_model_size: int) -> ScaleoutModel:
+    size = os.fstat(descriptor).st_size
+    if size > max_model_size:
+        raise ProtocolViolation(f"a returned model has {size} bytes; at most {max_model_size} are taken")
+    return ScaleoutModel.from_fd(descriptor)

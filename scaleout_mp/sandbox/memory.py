@@ -1,0 +1,73 @@
+"""How much memory the processes of a task have made their own.
+
+Resident size counts the mapped model as well, which is shared and not the task's doing. So: RssAnon, swap, and of the
+shared pages what goes beyond the bytes that were handed over. Sums over forks count copy-on-write pages once per fork;
+`exact_size` reads the proportional share instead, at a hundred times the cost. Facts: proc(5).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+_KIB: Final = 1024
+_STATUS_FIELDS: Final = (b"RssAnon:", b"RssShmem:", b"VmSwap:")
+_ROLLUP_FIELDS: Final = (b"Pss_Anon:", b"Pss_Shmem:", b"SwapPss:")
+
+
+def _sum_fields(path: str, names: tuple[bytes, ...]) -> list[int]:
+    with open(path, "rb") as file:
+        lines = file.read().splitlines()
+    found = dict.fromkeys(names, 0)
+    for line in lines:
+        name, _, rest = line.partition(b" ")
+        name = name.split(b"\t")[0]
+        if name in found:
+            found[name] = int(line.split()[1]) * _KIB
+    return list(found.values())
+
+
+def own_size(pids: list[int], shared: int) -> int:
+    """Return the bytes that the processes have made their own; `shared` bytes of shared pages per process are free.
+
+    An upper bound while processes of the task share copy-on-write pages. Processes that are gone count as nothing.
+    """
+    total = 0
+    for pid in pids:
+        try:
+            anon, shmem, swap = _sum_fields(f"/proc/{pid}/status", _STATUS_FIELDS)
+        except OSError:
+            continue
+        total += anon + max(0, shmem - shared) + swap
+    return total
+
+
+def exact_size(pids: list[int], shared: int) -> int:
+    """Return the same with each shared page counted once over all who share it. About 1 ms a process."""
+    total = 0
+    shared_pages = 0
+    for pid in pids:
+        try:
+            anon, shmem, swap = _sum_fields(f"/proc/{pid}/smaps_rollup", _ROLLUP_FIELDS)
+        except OSError:
+            continue
+        total += anon + swap
+        shared_pages += shmem
+    return total + max(0, shared_pages - shared)
+
+
+def descendants(root: int) -> list[int]:
+    """Return `root` and the processes below it, parents first. Orphans are not found; their tag finds them."""
+    pids = [root]
+    for pid in pids:
+        try:
+            threads = os.listdir(f"/proc/{pid}/task")
+        except OSError:
+            continue
+        for thread in threads:
+            try:
+                with open(f"/proc/{pid}/task/{thread}/children", "rb") as file:
+                    pids.extend(int(child) for child in file.read().split())
+            except OSError:
+                continue
+    return pids

@@ -1,0 +1,116 @@
+"""Find and kill every process of a task, however it tried to get away.
+
+A task is marked by a tag that all descendants inherit: the hard limit of RLIMIT_RTTIME, which concerns nobody but
+processes under a real-time scheduler and is set to a number that no other task has. `setsid`, double forks and the
+death of parents do not change it. The template adopts orphans, so it also knows when nothing is left to look for.
+
+Facts: getrlimit(2) (limits are inherited by fork and kept by exec; prlimit reads them from other processes of the same
+user), pidfd_open(2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+import resource
+import signal
+import time
+from typing import Final
+
+#: Tags lie in [2^60, 2^61): above any limit that a person would set, below "unlimited".
+_TAG_BASE: Final = 1 << 60
+_CLEAN_SCANS: Final = 3
+
+_tags: Final = itertools.count(_TAG_BASE + (random.SystemRandom().getrandbits(40) << 20))
+
+
+def new_tag() -> int:
+    """Return a tag that no other task of this machine has, up to chance in 2^40 between supervisors."""
+    return next(_tags)
+
+
+def wear_tag(tag: int) -> None:
+    """Put the tag on the calling process and, from now on, on every descendant."""
+    _, hard = resource.getrlimit(resource.RLIMIT_RTTIME)
+    if hard != resource.RLIM_INFINITY and hard < tag:
+        # A task inside a task: the outer tag is the stronger one, it ends both.
+        return
+    resource.setrlimit(resource.RLIMIT_RTTIME, (tag, tag))
+
+
+def _wears(pid: int, tag: int) -> bool:
+    try:
+        return resource.prlimit(pid, resource.RLIMIT_RTTIME)[1] == tag
+    except (ProcessLookupError, PermissionError):
+        # Gone, or of another user: a task cannot become another user, so it isn't ours.
+        return False
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            stat = file.read()
+    except OSError:
+        return True
+    return stat[stat.rindex(b")") + 2 : stat.rindex(b")") + 3] in b"ZX"
+
+
+def tagged(tag: int) -> list[int]:
+    """Return the pids of all living processes that wear the tag."""
+    return [
+        pid
+        for name in os.listdir("/proc")
+        if name.isdigit() and _wears(pid := int(name), tag) and not _is_zombie(pid)
+    ]
+
+
+def signal_tagged(tag: int, number: signal.Signals) -> int:
+    """Send a signal to every living process that wears the tag; return how many got it."""
+    return sum(_signal_if_tagged(pid, tag, number) for pid in tagged(tag))
+
+
+def _signal_if_tagged(pid: int, tag: int, number: signal.Signals) -> bool:
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        # The descriptor is bound to one process. If that still exists after the tag was read by number, the tag
+        # was this process's own: a pid is not given out again before its process was reaped.
+        if not _wears(pid, tag):
+            return False
+        signal.pidfd_send_signal(descriptor, number)
+        if number == signal.SIGKILL:
+            # A stopped process dies of SIGKILL all the same; its stopped children want to be woken.
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(descriptor, signal.SIGCONT)
+        return True
+    except (ProcessLookupError, PermissionError):
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def kill_tagged(tag: int, *, seconds: float = 10.0) -> int:
+    """Kill every process that wears the tag until three scans in a row find none; return how many were killed.
+
+    Blocks, normally for a few milliseconds. Raises TimeoutError after `seconds`, when processes hang in the kernel
+    or fork faster than they are killed.
+    """
+    deadline = time.monotonic() + seconds
+    killed = 0
+    clean = 0
+    while clean < _CLEAN_SCANS:
+        found = tagged(tag)
+        if not found:
+            clean += 1
+            continue
+        clean = 0
+        killed += sum(_signal_if_tagged(pid, tag, signal.SIGKILL) for pid in found)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"processes {found} are still there {seconds:g} s after SIGKILL")
+        # Let the dying leave: a SIGKILL takes effect when its target is next scheduled.
+        time.sleep(0.001)
+    return killed

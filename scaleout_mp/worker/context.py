@@ -1,0 +1,116 @@
+"""The running task's line to its supervisor."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from typing import Final
+
+from scaleout_mp.errors import ChannelError, StoppedException
+from scaleout_mp.ipc import frames
+from scaleout_mp.ipc.channel import ChildChannel
+from scaleout_mp.ipc.frames import Kind
+from scaleout_mp.task import RecordContext, set_current_task
+
+#: A log message longer than this is cut, in characters.
+MAX_LOG_MESSAGE: Final = 1 << 14
+
+
+class ChannelContext:
+    """`TaskContext` over the control channel."""
+
+    def __init__(self, channel: ChildChannel, task_id: str) -> None:
+        self._channel = channel
+        self._task_id = task_id
+        self._main_thread = threading.get_ident()
+        self._abort_reason: str | None = None
+
+    @property
+    def task_id(self) -> str:
+        """The id under which the supervisor knows this task."""
+        return self._task_id
+
+    def log_metric(
+        self, metrics: Mapping[str, float], *, step: int | None = None, context: RecordContext | None = None
+    ) -> None:
+        """Send metrics; raises TypeError that names a key whose value is no number."""
+        where = None if context is None else [context.model_id, context.round_id, context.session_id]
+        self._channel.send(frames.encode(Kind.METRIC, _numbers(metrics), step, where, time.time()))
+
+    def log_attributes(self, attributes: Mapping[str, str]) -> None:
+        """Send attributes; values become strings."""
+        values = {str(key): str(value) for key, value in attributes.items()}
+        self._channel.send(frames.encode(Kind.ATTRIBUTES, values, time.time()))
+
+    def log_telemetry(self, telemetry: Mapping[str, float]) -> None:
+        """Send telemetry; raises TypeError that names a key whose value is no number."""
+        self._channel.send(frames.encode(Kind.TELEMETRY, _numbers(telemetry), time.time()))
+
+    def log_line(self, record: logging.LogRecord, message: str) -> None:
+        """Send a record of the logging module."""
+        cut = message[:MAX_LOG_MESSAGE]
+        self._channel.send(frames.encode(Kind.LOG, record.name[:256], record.levelno, cut, record.created))
+
+    def check_abort(self) -> None:
+        """Raise StoppedException when the task was asked to stop. Outside the task's main thread: do nothing."""
+        if threading.get_ident() != self._main_thread:
+            return
+        if self._abort_reason is None:
+            frame = self._channel.receive_ready()
+            if frame is None or frame.kind is not Kind.ABORT:
+                return
+            self._abort_reason = str(frame.fields[0])
+        raise StoppedException(self._abort_reason)
+
+
+def _numbers(values: Mapping[str, float]) -> dict[str, float]:
+    numbers = {}
+    for key, value in values.items():
+        try:
+            numbers[str(key)] = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"{key!r} must be a number, not {type(value).__name__}") from None
+    return numbers
+
+
+class ForwardingHandler(logging.Handler):
+    """Sends log records to the supervisor, which hands them to the loggers of the same name there."""
+
+    def __init__(self, context: ChannelContext, level: int) -> None:
+        super().__init__(level)
+        self._context = context
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send one record; a supervisor that is gone takes this process with it, so nobody misses the record."""
+        try:
+            message = self.format(record)
+            self._context.log_line(record, message)
+        except ChannelError:
+            return
+        except Exception:  # noqa: BLE001 - what a message's own __str__ raises must not end the caller
+            self.handleError(record)
+
+
+def enter(context: ChannelContext, *, log_level: int) -> None:
+    """Make `context` this process's task and send the standard logging module's records through it.
+
+    A process that the task forks has no channel: two writers would tear each other's frames. There the task is
+    unset, so that logging is refused instead of lost half-way.
+    """
+    set_current_task(context)
+    os.register_at_fork(after_in_child=_leave_in_fork)
+    root = logging.getLogger()
+    root.addHandler(ForwardingHandler(context, log_level))
+    if root.level == logging.WARNING or root.level > log_level:
+        root.setLevel(log_level)
+
+
+def _leave_in_fork() -> None:
+    set_current_task(None)
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, ForwardingHandler):
+            root.removeHandler(handler)

@@ -1,0 +1,86 @@
+"""The `spawn` start method: a fresh interpreter for one task.
+
+Run by the template as `python -m scaleout_mp.worker.spawned`, with the task's channel as descriptor 3 and, in a memfd
+as descriptor 4, the module search path, the pickled callable and what the process has to put on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+import pickle
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NoReturn
+
+import msgpack
+
+from scaleout_mp.sandbox import process
+from scaleout_mp.worker import task
+from scaleout_mp.worker.task import CHANNEL_DESCRIPTOR, Confinement
+
+_ORDER_DESCRIPTOR: Final = CHANNEL_DESCRIPTOR + 1
+#: Above the descriptors that the new process gets, so that no move overwrites another's source.
+_HIGH: Final = 64
+
+
+def start_interpreter(
+    descriptors: Sequence[int], confinement: Confinement, search_path: Sequence[str], pickled: bytes
+) -> int:
+    """Start an interpreter for a task and return its pid. Called in the template.
+
+    `descriptors` are channel, standard output and standard error; the caller keeps its own.
+    """
+    order = os.memfd_create("scaleout-order", os.MFD_CLOEXEC)
+    high = []
+    try:
+        _write_all(order, msgpack.packb([list(search_path), dataclasses.asdict(confinement), os.getpid(), pickled]))
+        high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _HIGH) for descriptor in (*descriptors, order)]
+        channel, stdout, stderr, moved_order = high
+        return os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-m", "scaleout_mp.worker.spawned"],
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, stdout, 1),
+                (os.POSIX_SPAWN_DUP2, stderr, 2),
+                (os.POSIX_SPAWN_DUP2, channel, CHANNEL_DESCRIPTOR),
+                (os.POSIX_SPAWN_DUP2, moved_order, _ORDER_DESCRIPTOR),
+            ],
+        )
+    finally:
+        for descriptor in (order, *high):
+            os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def main() -> NoReturn:
+    """Serve the task whose channel is descriptor 3."""
+    with open(_ORDER_DESCRIPTOR, "rb") as file:
+        # The descriptor shares its offset with the template's, which stands at the end.
+        file.seek(0)
+        search_path, confinement_fields, template, pickled = msgpack.unpackb(file.read())
+    os.set_inheritable(CHANNEL_DESCRIPTOR, False)
+    confinement = Confinement(**confinement_fields)
+    process.reset_signals()
+    os.setsid()
+    task.confine(confinement, template)
+    sys.path[:] = search_path
+
+    def load() -> Callable[..., Any]:
+        loaded: Callable[..., Any] = pickle.loads(pickled)
+        return loaded
+
+    task.run(load, confinement)
+
+
+if __name__ == "__main__":
+    main()

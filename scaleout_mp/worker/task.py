@@ -1,0 +1,174 @@
+"""A task's process: confine it, run one callable, send what came of it, leave."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import faulthandler
+import logging
+import os
+import random
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, Final, NoReturn
+
+from scaleout_mp.errors import ChannelError, ProtocolViolation
+from scaleout_mp.ipc import arguments, frames, values
+from scaleout_mp.ipc.channel import ChildChannel
+from scaleout_mp.ipc.frames import Kind
+from scaleout_mp.sandbox import process, tree
+from scaleout_mp.worker.context import ChannelContext, enter
+
+#: Where the channel lies in a task's process; 0, 1 and 2 are the standard streams.
+CHANNEL_DESCRIPTOR: Final = 3
+
+#: Longest traceback and error message that are sent, in characters; the end of a traceback says most.
+MAX_TRACEBACK: Final = 1 << 16
+MAX_MESSAGE: Final = 1 << 12
+
+_DATA_SLACK: Final = 64 << 20
+_THREAD_STACK: Final = 8 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Confinement:
+    """What a task's process puts on before any user code runs in it."""
+
+    #: Mark of the task's tree, see `sandbox.tree`.
+    tag: int
+    #: Bytes; 0: none.
+    memory_limit: int
+    #: Records below this level of the logging module stay in the child.
+    log_level: int
+
+
+def arrange_descriptors(channel: int, stdout: int, stderr: int) -> None:
+    """Put the four descriptors of a task where they belong and close every other one."""
+    # The given ones may lie on each other's places: move them up first.
+    given = [os.dup(channel), os.dup(stdout), os.dup(stderr)]
+    source = os.open(os.devnull, os.O_RDONLY)
+    for descriptor, place in ((source, 0), (given[1], 1), (given[2], 2)):
+        os.dup2(descriptor, place)
+    # The channel must not pass to programs that the task starts: they would keep it open.
+    os.dup2(given[0], CHANNEL_DESCRIPTOR, inheritable=False)
+    os.closerange(CHANNEL_DESCRIPTOR + 1, 1 << 20)
+
+
+def confine(confinement: Confinement, parent: int) -> None:
+    """Apply what must hold before user code runs. `parent` is the template's pid."""
+    process.die_with_parent(parent)
+    tree.wear_tag(confinement.tag)
+    process.forbid_core_files()
+    process.prefer_for_oom_kill()
+    if confinement.memory_limit:
+        threads = 2 * (os.cpu_count() or 1)
+        process.limit_data(confinement.memory_limit, _DATA_SLACK + threads * _THREAD_STACK)
+
+
+def run(load: Callable[[], Callable[..., Any]], confinement: Confinement) -> NoReturn:
+    """Serve the one task whose frame waits in the channel; never returns.
+
+    `load` gives the callable; what it raises is reported like an error of the callable itself.
+    """
+    channel = ChildChannel(socket.socket(fileno=CHANNEL_DESCRIPTOR))
+    code = 1
+    try:
+        frame = channel.receive()
+        if frame is None or frame.kind is not Kind.TASK:
+            raise ProtocolViolation("the first frame of a task's channel is not TASK")
+        task_id, packed = frame.fields
+        _prepare_interpreter()
+        enter(ChannelContext(channel, task_id), log_level=confinement.log_level)
+        code = _run_callable(channel, load, packed, frame.descriptors)
+    except ChannelError:
+        # The supervisor is gone. Nobody is left to tell.
+        code = 1
+    finally:
+        _leave(code)
+
+
+def _prepare_interpreter() -> None:
+    faulthandler.enable(file=2)
+    for stream in (sys.stdout, sys.stderr):
+        # Line by line, so that the last words before a SIGKILL are out.
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+    random.seed()
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        # Python's own generator is seeded anew by fork; numpy's global one would repeat in every task.
+        numpy_random.seed()
+
+
+def _run_callable(
+    channel: ChildChannel, load: Callable[[], Callable[..., Any]], packed: Any, descriptors: list[int]
+) -> int:
+    try:
+        function = load()
+        args, kwargs = arguments.unpack(packed, descriptors)
+        value = function(*args, **kwargs)
+        with values.encode(value) as encoded:
+            channel.send(
+                frames.encode(Kind.RESULT, encoded.table, descriptors=len(encoded.descriptors)), encoded.descriptors
+            )
+    except ChannelError:
+        raise
+    except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt end the task, not silently
+        channel.send(_failure(error))
+        return 1
+    return 0
+
+
+def _failure(error: BaseException) -> bytes:
+    kind = type(error)
+    return frames.encode(
+        Kind.FAILURE,
+        kind.__name__[:256],
+        _describe(error)[:MAX_MESSAGE],
+        _format_traceback(error)[-MAX_TRACEBACK:],
+        isinstance(error, MemoryError),
+    )
+
+
+def _describe(error: BaseException) -> str:
+    try:
+        return str(error).encode("utf-8", "backslashreplace").decode()
+    except Exception:  # noqa: BLE001 - a hostile __str__ must not hide the failure itself
+        return f"<{type(error).__name__} whose message cannot be shown>"
+
+
+def _format_traceback(error: BaseException) -> str:
+    try:
+        shown = traceback.TracebackException.from_exception(error, limit=-32, compact=True)
+        text = "".join(_user_frames(shown).format())
+    except Exception as broken:  # noqa: BLE001 - as above
+        text = f"<traceback cannot be shown: {type(broken).__name__}>"
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _user_frames(shown: traceback.TracebackException) -> traceback.TracebackException:
+    """Drop the leading frame of this module: users look for their own code."""
+    while len(shown.stack) > 1 and shown.stack[0].filename == __file__:
+        del shown.stack[0]
+    return shown
+
+
+def _leave(code: int) -> NoReturn:
+    """Leave as a program would: wait for threads, run exit handlers, flush. The supervisor bounds the time."""
+    # Runs whatever happens: control must never return into the template's loop in a forked process.
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - what the interpreter itself calls
+        atexit._run_exitfuncs()  # noqa: SLF001 - fork leaves the interpreter no other way to run them
+    except BaseException:  # noqa: BLE001
+        logging.getLogger(__name__).warning("an exit handler raised", exc_info=True)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(code)
+
+
+__all__ = ["CHANNEL_DESCRIPTOR", "Confinement", "arrange_descriptors", "confine", "run"]

@@ -1,0 +1,256 @@
+"""The template: a clean interpreter that loads callables once and forks a process for each task that asks for one.
+
+Run as `python -m scaleout_mp.worker.template`, with its control channel as standard input. Single-threaded, and
+silent unless asked. It adopts the orphans of its tasks, and when the supervisor is gone it ends every process that it
+ever started and then itself. With `start_method` "spawn" it loads nothing and starts a fresh interpreter per task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import pickle
+import select
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, Final, NoReturn
+
+from scaleout_mp.errors import ChannelError
+from scaleout_mp.ipc import frames
+from scaleout_mp.ipc.channel import ChildChannel, close_all
+from scaleout_mp.ipc.frames import Frame, Kind
+from scaleout_mp.sandbox import process, tree
+from scaleout_mp.worker import task
+from scaleout_mp.worker.spawned import start_interpreter
+from scaleout_mp.worker.task import Confinement
+
+
+
+class Template:
+    """State of the template process."""
+
+    def __init__(self, channel: ChildChannel) -> None:
+        self._channel = channel
+        self._pid = os.getpid()
+        self._supervisor = os.getppid()
+        self._spawn = False
+        self._search_path: list[str] = []
+        self._pickles: dict[str, bytes] = {}
+        #: What the pickles gave; a string is the traceback of a failure.
+        self._loaded: dict[str, Callable[..., Any] | str] = {}
+        #: pid of each task's first process -> (task id, tag).
+        self._tasks: dict[int, tuple[str, int]] = {}
+        self._wakeup, self._wakeup_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._wakeup_end, warn_on_full_buffer=False)
+
+    def serve(self) -> NoReturn:
+        """Answer the supervisor until it is gone."""
+        poll = select.poll()
+        poll.register(self._channel.fileno(), select.POLLIN)
+        poll.register(self._wakeup, select.POLLIN)
+        try:
+            while True:
+                ready = {descriptor for descriptor, _ in poll.poll()}
+                if self._wakeup in ready:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self._wakeup, 4096)
+                    self._reap()
+                if self._channel.fileno() in ready:
+                    self._answer_all()
+        except ChannelError:
+            self._end_everything()
+            os._exit(0)
+
+    def _answer_all(self) -> None:
+        while (frame := self._channel.receive_ready()) is not None:
+            self._answer(frame)
+
+    def _answer(self, frame: Frame) -> None:
+        match frame.kind:
+            case Kind.SETUP:
+                self._set_up(*frame.fields)
+            case Kind.LOAD:
+                self._load(frame.fields[0], self._pickle_in(frame))
+            case Kind.START:
+                self._start(frame)
+            case _:
+                raise ChannelError(f"the supervisor sent {frame.kind.name} to the template")
+
+    @staticmethod
+    def _pickle_in(frame: Frame) -> bytes:
+        if not frame.descriptors:
+            return bytes(frame.fields[1])
+        with open(frame.descriptors[0], "rb") as file:
+            return file.read()
+
+    # --- Loading -------------------------------------------------------------------------------------------------
+
+    def _set_up(self, spawn: bool, search_path: list[str], preload: list[str]) -> None:
+        self._spawn = spawn
+        self._search_path = search_path
+        sys.path[:] = search_path
+        problems = []
+        if not spawn:
+            with self._mortal():
+                for module in preload:
+                    try:
+                        importlib.import_module(module)
+                    except Exception as error:  # noqa: BLE001 - a preload is a courtesy; the supervisor logs it
+                        problems.append(f"{module}: {type(error).__name__}: {error}")
+        self._channel.send(frames.encode(Kind.READY, problems, self._check_forkable()))
+
+    def _load(self, key: str, pickled: bytes) -> None:
+        self._pickles[key] = pickled
+        while len(self._pickles) > frames.MAX_LOADED:
+            oldest = next(iter(self._pickles))
+            del self._pickles[oldest]
+            self._loaded.pop(oldest, None)
+        problem = None
+        if not self._spawn:
+            with self._mortal():
+                try:
+                    self._loaded[key] = pickle.loads(pickled)
+                except BaseException as error:  # noqa: BLE001 - user code runs while its module is imported
+                    problem = self._loaded[key] = _describe(error)
+        self._channel.send(frames.encode(Kind.LOADED, key, problem, self._check_forkable()))
+
+    def _check_forkable(self) -> str | None:
+        """Return why this process must not fork from now on; None when it may."""
+        if self._spawn:
+            return None
+        threads = process.thread_count()
+        if threads > 1:
+            # A lock that another thread holds at the fork stays locked in the child for ever.
+            self._spawn, reason = True, f"it has {threads} threads after loading the user's code"
+        elif _cuda_started():
+            self._spawn, reason = True, "CUDA is initialised, which does not survive a fork"
+        else:
+            # What was loaded goes out of the collector's sight: collections in tasks would copy its pages.
+            gc.collect()
+            gc.freeze()
+            return None
+        return reason
+
+    @contextlib.contextmanager
+    def _mortal(self) -> Any:
+        """While user code runs here, this process cannot watch its supervisor: the kernel does."""
+        process.die_with_parent(self._supervisor)
+        try:
+            yield
+        finally:
+            process.outlive_parent()
+
+    # --- Tasks ---------------------------------------------------------------------------------------------------
+
+    def _start(self, frame: Frame) -> None:
+        task_id, key, tag, memory_limit, log_level = frame.fields
+        confinement = Confinement(tag=tag, memory_limit=memory_limit, log_level=log_level)
+        try:
+            if self._spawn:
+                pid = start_interpreter(frame.descriptors, confinement, self._search_path, self._pickles[key])
+            else:
+                pid = self._fork(key, confinement, frame.descriptors)
+        except OSError as error:
+            self._channel.send(frames.encode(Kind.NOT_STARTED, task_id, f"cannot start a process: {error}"))
+            return
+        finally:
+            close_all(frame.descriptors)
+        self._tasks[pid] = (task_id, tag)
+        self._channel.send(frames.encode(Kind.STARTED, task_id, pid, "spawn" if self._spawn else "template"))
+
+    def _fork(self, key: str, confinement: Confinement, descriptors: list[int]) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        try:
+            # Signals first: a handler of the template must not run here.
+            process.reset_signals()
+            os.setsid()
+            task.confine(confinement, self._pid)
+            task.arrange_descriptors(*descriptors)
+            task.run(lambda: self._take(key), confinement)
+        except BaseException:  # noqa: BLE001 - whatever it is, this process must not go on as a template
+            with contextlib.suppress(Exception):
+                traceback.print_exc()
+        finally:
+            os._exit(1)
+
+    def _take(self, key: str) -> Callable[..., Any]:
+        loaded = self._loaded.get(key, "the template has not loaded it")
+        if isinstance(loaded, str):
+            raise ImportError(f"the callback could not be loaded in the template: {loaded}")
+        return loaded
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            ended = self._tasks.pop(pid, None)
+            if ended is None:
+                # An orphan of some task, adopted when its parent died.
+                continue
+            code = os.waitstatus_to_exitcode(status)
+            cpu = usage.ru_utime + usage.ru_stime
+            strays = process.has_children()
+            self._channel.send(frames.encode(Kind.EXITED, ended[0], code, cpu, usage.ru_maxrss * 1024, strays))
+
+    def _end_everything(self) -> None:
+        for _, tag in list(self._tasks.values()):
+            with contextlib.suppress(TimeoutError):
+                tree.kill_tagged(tag)
+        # Orphans of tasks that have been reported already are ours as well.
+        deadline = 100
+        while process.has_children() and deadline:
+            deadline -= 1
+            _kill_children()
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            select.poll().poll(2)
+
+
+def _kill_children() -> None:
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children", "rb") as file:
+            children = [int(pid) for pid in file.read().split()]
+    except OSError:
+        return
+    for pid in children:
+        # Children of this process keep their pid until it reaps them: no race.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _describe(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))[-frames.MAX_FRAME // 4 :]
+
+
+def _cuda_started() -> bool:
+    torch = sys.modules.get("torch")
+    return bool(torch is not None and torch.cuda.is_initialized())
+
+
+def main() -> NoReturn:
+    """Run the template on the channel that is standard input."""
+    sock = socket.socket(fileno=os.dup(0))
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    # A terminal's Ctrl-C is the supervisor's to interpret.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process.adopt_orphans()
+    Template(ChildChannel(sock)).serve()
+
+
+if __name__ == "__main__":
+    main()
