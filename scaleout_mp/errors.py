@@ -130,5 +130,35 @@ class AuthenticationError(TransportError):
     """The server refused the token. Ask the network's owner for a new one."""
 
 
+class ApiUnavailableError(TransportError):
+    """The REST API did not answer, or answered that it cannot at the moment. Try again later."""
+
+
+class CallError(TransportError):
+    """The combiner did not answer a call, or refused it."""
+
+    def __init__(
+        self, message: str | None = None, *, call: str = "", code: str = "", transient: bool = False
+    ) -> None:
+        super().__init__(message)
+        #: Name of the remote call.
+        self.call = call
+        #: Name of the gRPC status code.
+        self.code = code
+        #: Whether the same call may succeed later.
+        self.transient = transient
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_call_error, (str(self), self.call, self.code, self.transient)
+
+
+def _rebuild_call_error(message: str, call: str, code: str, transient: bool) -> CallError:
+    return CallError(message, call=call, code=code, transient=transient)
+
+
 class NotConnectedError(TransportError):
     """The client is not connected. Call connect_to_api and init_grpchandler before run."""
+
+
+class LocalNetworkError(ScaleoutError):
+    """The local network could not start or could not do what it was asked."""

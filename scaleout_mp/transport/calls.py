@@ -1,0 +1,227 @@
+"""Calls to the combiner: metadata, token refresh, retries, and errors without gRPC in them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import grpc
+import grpc.aio
+
+from scaleout_mp.errors import AuthenticationError, CallError, TransportError
+from scaleout_mp.transport.backoff import Backoff
+from scaleout_mp.transport.channel import END
+from scaleout_mp.transport.link import LinkWatch
+from scaleout_mp.wire import edge_pb2 as pb
+from scaleout_mp.wire import methods
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+
+    from scaleout_mp.transport.channel import CallCredentials
+    from scaleout_mp.wire.methods import Method
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Seconds after which a unary call counts as lost.
+CALL_TIMEOUT = 10.0
+
+_TRANSIENT = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        # The server's doing: a call that this side gives up raises asyncio.CancelledError instead.
+        grpc.StatusCode.CANCELLED,
+        # Combiners say this while they are not ready yet.
+        grpc.StatusCode.FAILED_PRECONDITION,
+    }
+)
+#: What proxies and dying servers leave behind, under codes that otherwise mean a bug.
+_BROKEN_STREAM = ("stream removed", "rst_stream", "goaway", "connection reset", "socket closed")
+
+_MAX_SAID = 300
+
+
+def is_transient(code: grpc.StatusCode, details: str) -> bool:
+    """Whether the same call may succeed later."""
+    if code in _TRANSIENT:
+        return True
+    broken = code in {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL}
+    return broken and any(sign in details.lower() for sign in _BROKEN_STREAM)
+
+
+def _call_error(method: Method, error: grpc.aio.AioRpcError) -> CallError:
+    details = " ".join((error.details() or "").split())[:_MAX_SAID]
+    code = error.code()
+    return CallError(
+        f"{method.name}: {code.name} {details}".rstrip(),
+        call=method.name,
+        code=code.name,
+        transient=is_transient(code, details),
+    )
+
+
+class CombinerCalls:
+    """The combiner's calls over one channel. Lives on one event loop."""
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        credentials: CallCredentials,
+        *,
+        backoff: Backoff | None = None,
+        link: LinkWatch | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        rand: Callable[[], float] = random.random,
+    ) -> None:
+        self.backoff = backoff or Backoff(first=0.5)
+        self.link = link or LinkWatch()
+        self.sleep = sleep
+        self._channel = channel
+        self._credentials = credentials
+        self._rand = rand
+        self._callables: dict[str, Any] = {}
+
+    def delay(self, failures: int) -> float:
+        """Return the seconds to wait after that many failures in a row."""
+        return self.backoff.delay(failures, self._rand)
+
+    async def authorized(
+        self,
+        method: Method,
+        attempt: Callable[[tuple[tuple[str, str], ...]], Awaitable[T]],
+    ) -> T:
+        """Await `attempt(metadata)` once; when the token is refused, refresh it and await a second time.
+
+        Raises CallError, AuthenticationError when the combiner will not have this client, and TransportError
+        when no token can be had.
+        """
+        metadata = await self._credentials.metadata()
+        try:
+            return await attempt(metadata)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
+                raise _call_error(method, error) from error
+        if not self._credentials.can_refresh:
+            held = "refused the token" if self._credentials.held else "wants a token, and none was given"
+            raise AuthenticationError(f"{method.name}: the combiner {held}")
+        await self._credentials.refresh(rejected=self._credentials.token_of(metadata))
+        try:
+            return await attempt(await self._credentials.metadata())
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                raise AuthenticationError(
+                    f"{method.name}: the combiner refused a fresh token; ask the network's owner for another"
+                ) from error
+            raise _call_error(method, error) from error
+
+    async def once(self, method: Method, request: Any, *, within: float = CALL_TIMEOUT) -> Any:
+        """Make one unary call, within so many seconds and without retries; raises like `authorized`."""
+        call = self.multicallable(method)
+
+        async def attempt(metadata: tuple[tuple[str, str], ...]) -> Any:
+            return await call(request, metadata=metadata, timeout=within)
+
+        answer = await self.authorized(method, attempt)
+        self.link.succeeded()
+        return answer
+
+    async def call(
+        self, method: Method, request: Any, *, attempts: int | None, within: float = CALL_TIMEOUT
+    ) -> Any:
+        """Make one unary call; transient failures are retried, at most `attempts` tries, None: for ever.
+
+        Raises the last error.
+        """
+        return await self.retried(
+            method.name, lambda: self.once(method, request, within=within), attempts=attempts
+        )
+
+    async def retried(self, what: str, attempt: Callable[[], Awaitable[T]], *, attempts: int | None) -> T:
+        """Await `attempt()` until it succeeds, fails for good or failed `attempts` times."""
+        failures = 0
+        while True:
+            try:
+                return await attempt()
+            except TransportError as error:
+                failures += 1
+                if not worth_retrying(error) or failures == attempts:
+                    raise
+                wait = self.delay(failures)
+                self.link.failed(what, error, wait)
+                await self.sleep(wait)
+
+    async def stream(self, method: Method, request: Any) -> AsyncIterator[Any]:
+        """Yield what a server stream sends, until it ends or breaks. Raises like `once`."""
+        call = self.multicallable(method)
+
+        async def attempt(metadata: tuple[tuple[str, str], ...]) -> Any:
+            stream = call(request, metadata=metadata)
+            # A refusal comes before the first message; only then can a second attempt be made.
+            return stream, await stream.read()
+
+        stream, message = await self.authorized(method, attempt)
+        try:
+            while message is not END:
+                self.link.succeeded()
+                yield message
+                message = await stream.read()
+        except grpc.aio.AioRpcError as error:
+            raise _call_error(method, error) from error
+        finally:
+            stream.cancel()
+
+    async def poll(self, report: pb.ClientReport, *, within: float) -> pb.CombinerDirective:
+        """Report activities and get directives; one attempt."""
+        return cast("pb.CombinerDirective", await self.once(methods.POLL_AND_REPORT, report, within=within))
+
+    async def announce(
+        self,
+        kind: str,
+        *,
+        client_id: str,
+        parameters: Mapping[str, Any] | None = None,
+        attempts: int | None,
+        within: float = CALL_TIMEOUT,
+    ) -> pb.Response:
+        """Announce `Connect`, `Disconnect` or `VersionCheck`."""
+        request = pb.ClientAnnounceRequest(
+            client_id=client_id, type=kind, parameters=json.dumps(dict(parameters)) if parameters else ""
+        )
+        answer = await self.call(methods.ANNOUNCE, request, attempts=attempts, within=within)
+        return cast("pb.Response", answer)
+
+    def multicallable(self, method: Method, *, serializer: Callable[[Any], bytes] | None = None) -> Any:
+        """Return the channel's callable for a method; made once."""
+        known = self._callables.get(method.name)
+        if known is None:
+            make = {
+                (False, False): self._channel.unary_unary,
+                (False, True): self._channel.unary_stream,
+                (True, False): self._channel.stream_unary,
+                (True, True): self._channel.stream_stream,
+            }[method.stream_in, method.stream_out]
+            known = self._callables[method.name] = make(
+                method.path,
+                request_serializer=serializer or method.request.SerializeToString,
+                response_deserializer=method.response.FromString,
+            )
+        return known
+
+    async def aclose(self) -> None:
+        """Close the channel; calls under way are cancelled."""
+        await self._channel.close(None)
+        await self._credentials.aclose()
+
+
+def worth_retrying(error: TransportError) -> bool:
+    """Whether the same call may succeed later. An API that cannot give a token now may give one later."""
+    if isinstance(error, CallError):
+        return error.transient
+    return not isinstance(error, AuthenticationError)

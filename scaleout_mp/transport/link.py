@@ -1,0 +1,46 @@
+"""Whether the combiner answers, said in the log once per outage instead of once per attempt."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+
+class LinkWatch:
+    """Shared by all that call the combiner: the first failure is a warning, the recovery says how long."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._down_since: float | None = None
+
+    @property
+    def down(self) -> bool:
+        """Whether the last call failed for the link's sake."""
+        return self._down_since is not None
+
+    def failed(self, what: str, error: Exception, again_in: float) -> None:
+        """Note a failed call that is tried again in `again_in` seconds."""
+        level = logging.DEBUG if self.down else logging.WARNING
+        if self._down_since is None:
+            self._down_since = self._clock()
+        logger.log(
+            level,
+            "%s failed: %s; trying again in %.1f s",
+            what,
+            error,
+            again_in,
+            extra={"action": "link_failed"},
+        )
+
+    def succeeded(self) -> None:
+        """Note a call that was answered."""
+        if self._down_since is not None:
+            away = self._clock() - self._down_since
+            self._down_since = None
+            logger.info("the combiner answers again after %.1f s", away, extra={"action": "link_restored"})

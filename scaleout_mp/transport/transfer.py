@@ -1,0 +1,218 @@
+"""Models to and from the combiner, as streams between the link and sealed memory."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+import grpc
+
+from scaleout_mp.errors import CallError, ModelFormatError, ModelNotFoundError, ModelTransferError
+from scaleout_mp.model import MemoryWriter, ScaleoutModel
+from scaleout_mp.transport.channel import END
+from scaleout_mp.wire import edge_pb2 as pb
+from scaleout_mp.wire import methods
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from scaleout_mp.transport.calls import CombinerCalls
+
+logger = logging.getLogger(__name__)
+
+#: Tries before bytes that arrive broken, or an upload that the server refuses, count as a failure.
+TRIES: Final = 3
+CHUNK: Final = 1 << 20
+#: Bytes that are hashed and written in one go, off the loop.
+_BATCH: Final = 4 << 20
+#: Seconds without a byte after which a download is started anew.
+_STALL: Final = 60.0
+
+Metadata = tuple[tuple[str, str], ...]
+
+
+class _BrokenTransferError(Exception):
+    """The bytes are not what the other side meant."""
+
+
+class ModelTransfer:
+    """Downloads and uploads over one combiner's calls.
+
+    An outage is waited for as long as it lasts; the task that needs the model can be aborted meanwhile.
+    """
+
+    def __init__(self, calls: CombinerCalls, *, max_size: int | None = None) -> None:
+        """Accept models of up to `max_size` bytes; None: what MemoryWriter accepts."""
+        self._calls = calls
+        self._max_size = max_size
+
+    async def download(self, model_id: str) -> ScaleoutModel:
+        """Return the model, whole and in sealed memory.
+
+        Raises ModelNotFoundError, ModelTransferError when it arrives broken `TRIES` times,
+        ModelFormatError when it is whole but no model, and CallError when the combiner refuses.
+        """
+        failed: Exception | None = None
+        for attempt in range(1, TRIES + 1):
+            try:
+                return await self._calls.retried(
+                    methods.DOWNLOAD.name, lambda: self._download_once(model_id), attempts=None
+                )
+            except _BrokenTransferError as error:
+                failed = error
+                logger.warning(
+                    "model %s arrived broken (try %d of %d): %s",
+                    model_id,
+                    attempt,
+                    TRIES,
+                    error,
+                    extra={"action": "download_broken", "model_id": model_id},
+                )
+            except CallError as error:
+                if error.code == grpc.StatusCode.NOT_FOUND.name:
+                    raise ModelNotFoundError(f"the server does not have model {model_id}") from error
+                raise
+        raise ModelTransferError(f"model {model_id} arrived broken {TRIES} times: {failed}") from failed
+
+    async def _download_once(self, model_id: str) -> ScaleoutModel:
+        call = self._calls.multicallable(methods.DOWNLOAD)
+        writer = MemoryWriter() if self._max_size is None else MemoryWriter(max_size=self._max_size)
+
+        async def attempt(metadata: Metadata) -> str | None:
+            stream = call(pb.ModelRequest(model_id=model_id), metadata=metadata)
+            try:
+                await _receive(stream, writer)
+                return _checksum(await stream.trailing_metadata())
+            finally:
+                stream.cancel()
+
+        try:
+            expected = await self._calls.authorized(methods.DOWNLOAD, attempt)
+            self._calls.link.succeeded()
+            _check_whole(writer, expected)
+            return await asyncio.to_thread(_model_of, writer, model_id, verify=expected is None)
+        except ModelFormatError as error:
+            if expected is not None:
+                raise
+            raise _BrokenTransferError(str(error)) from error
+        finally:
+            # Closes what was not sealed.
+            writer.close()
+
+    async def upload(self, model: ScaleoutModel) -> None:
+        """Send the model under its own id.
+
+        Raises ModelTransferError when the server answers FAILED `TRIES` times, CallError when it refuses the
+        call.
+        """
+        model_id = model.model_id
+        if model_id is None:
+            raise ModelTransferError("a model without an id cannot be uploaded")
+        checksum = await asyncio.to_thread(lambda: model.checksum)
+        said = ""
+        for attempt in range(1, TRIES + 1):
+            answer = await self._calls.retried(
+                methods.UPLOAD.name, lambda: self._upload_once(model, model_id, checksum), attempts=None
+            )
+            if answer.status == pb.ModelStatus.OK:
+                return
+            said = answer.message or pb.ModelStatus.Name(answer.status)
+            logger.warning(
+                "the server did not take model %s (try %d of %d): %s",
+                model_id,
+                attempt,
+                TRIES,
+                said,
+                extra={"action": "upload_refused", "model_id": model_id},
+            )
+            if attempt < TRIES:
+                await self._calls.sleep(self._calls.delay(attempt))
+        raise ModelTransferError(f"the server did not take model {model_id}, {TRIES} times: {said}")
+
+    async def _upload_once(self, model: ScaleoutModel, model_id: str, checksum: str) -> pb.ModelResponse:
+        call = self._calls.multicallable(methods.UPLOAD, serializer=serialize_chunk)
+
+        async def attempt(metadata: Metadata) -> Any:
+            with_id = (*metadata, ("model-id", model_id), ("checksum", checksum))
+            return await call(_chunks(model.iter_chunks(CHUNK)), metadata=with_id)
+
+        answer: pb.ModelResponse = await self._calls.authorized(methods.UPLOAD, attempt)
+        self._calls.link.succeeded()
+        return answer
+
+
+async def _receive(stream: Any, writer: MemoryWriter) -> None:
+    """Write a stream's bytes to memory; hashing and copying happen off the loop, in batches."""
+    batch: list[bytes] = []
+    size = 0
+    while True:
+        try:
+            async with asyncio.timeout(_STALL):
+                message = await stream.read()
+        except TimeoutError as error:
+            raise CallError(
+                f"Download: no byte came for {_STALL:.0f} s",
+                call="Download",
+                code="DEADLINE_EXCEEDED",
+                transient=True,
+            ) from error
+        done = message is END
+        if not done:
+            batch.append(message.data)
+            size += len(message.data)
+        if batch and (done or size >= _BATCH):
+            await asyncio.to_thread(_write_all, writer, batch)
+            batch, size = [], 0
+        if done:
+            return
+
+
+def _check_whole(writer: MemoryWriter, expected: str | None) -> None:
+    if writer.size == 0:
+        raise _BrokenTransferError("no bytes came")
+    if expected is not None and expected != writer.hexdigest():
+        raise _BrokenTransferError(f"its SHA-256 is {writer.hexdigest()}, the server says {expected}")
+
+
+def _write_all(writer: MemoryWriter, batch: list[bytes]) -> None:
+    for data in batch:
+        writer.write(data)
+
+
+def _model_of(writer: MemoryWriter, model_id: str, *, verify: bool) -> ScaleoutModel:
+    """Return the model in the memory; `verify` reads it whole, for bytes that came without a checksum."""
+    model = ScaleoutModel.from_memory(writer.seal())
+    if verify:
+        model.verify()
+    if not model.legacy_source:
+        return model
+    # Bare weights have no id of their own: they get the one under which they were asked for.
+    with model:
+        return model.to_builder().set_model_id(model_id).build()
+
+
+def _checksum(trailing: Any) -> str | None:
+    for key, value in trailing or ():
+        if key == "checksum" and value:
+            return value.lower() if isinstance(value, str) else value.decode("ascii", "replace").lower()
+    return None
+
+
+async def _chunks(views: Iterator[memoryview]) -> AsyncIterator[memoryview]:
+    for view in views:
+        yield view
+
+
+def serialize_chunk(data: memoryview | bytes) -> bytes:
+    """Return the wire form of `FileChunk(data=...)` with one copy of the bytes instead of two.
+
+    Field 1, length-delimited: tag 0x0a, the length as a varint, the payload.
+    """
+    length = len(data)
+    prefix = bytearray(b"\x0a")
+    while length > 0x7F:
+        prefix.append(length & 0x7F | 0x80)
+        length >>= 7
+    prefix.append(length)
+    return b"".join((prefix, data))
