@@ -16,7 +16,7 @@ class ScaleoutError(Exception):
     """Something in scaleout_mp went wrong."""
 
     def __init__(self, message: str | None = None) -> None:
-        super().__init__(message or inspect.cleandoc(self.__doc__ or type(self).__name__))
+        super().__init__(message or " ".join(inspect.cleandoc(self.__doc__ or type(self).__name__).split()))
 
 
 class ConfigError(ScaleoutError, ValueError):
@@ -63,7 +63,10 @@ class TaskRefused(TaskError):  # noqa: N818
 
 
 class CallbackNotSendable(ScaleoutError):  # noqa: N818
-    """A callback could not be sent to the process that runs it. Keep locks, sockets and open files out of what it captures; open them inside the callback."""
+    """A callback could not be sent to the process that runs it.
+
+    Keep locks, sockets and open files out of what it captures; open them inside the callback.
+    """
 
     def __init__(self, message: str | None = None, *, callback: str = "", culprit: str = "") -> None:
         super().__init__(message)
@@ -137,9 +140,7 @@ class ApiUnavailableError(TransportError):
 class CallError(TransportError):
     """The combiner did not answer a call, or refused it."""
 
-    def __init__(
-        self, message: str | None = None, *, call: str = "", code: str = "", transient: bool = False
-    ) -> None:
+    def __init__(self, message: str | None = None, *, call: str = "", code: str = "", transient: bool = False) -> None:
         super().__init__(message)
         #: Name of the remote call.
         self.call = call

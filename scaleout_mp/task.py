@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from scaleout_mp.errors import TaskCrashed, TaskError, TaskFailed, TaskKilled, TaskRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 #: Where each kind of end is explained at length; a fragment names the reason.
 WHY_KILLED_PAGE: Final = "docs/why-was-my-task-killed.md"

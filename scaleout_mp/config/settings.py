@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scaleout_mp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 #: The client version that is presented to servers, which may refuse one that they do not know.
 PROTOCOL_VERSION = "1.0.7"

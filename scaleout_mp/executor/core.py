@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.config import Limits
 from scaleout_mp.errors import ConfigError
 from scaleout_mp.executor.execution import Execution, ExecutionPlan
-from scaleout_mp.executor.launcher import Launcher
 from scaleout_mp.executor.output import OutputRelay
 from scaleout_mp.executor.template import StartMethod, TemplateLauncher
 from scaleout_mp.ipc import arguments
 from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
 from scaleout_mp.task import AbortOrigin, Record, TaskState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from scaleout_mp.executor.launcher import Launcher
 
 #: Modules that the template imports before its first task.
 PRELOAD: Final = ("numpy", "scaleout_mp.model")

@@ -6,10 +6,8 @@ import asyncio
 import dataclasses
 import logging
 import os
-from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from scaleout_mp.config import Limits
 from scaleout_mp.errors import LauncherError, ProtocolViolation
 from scaleout_mp.executor import ladder
 from scaleout_mp.executor.launcher import Child, Launcher, StartOrder
@@ -17,7 +15,6 @@ from scaleout_mp.executor.output import OutputRelay, OutputTail
 from scaleout_mp.executor.report import Evidence, StopCause, make_report, readable_size
 from scaleout_mp.executor.watchdog import MemoryWatch
 from scaleout_mp.ipc import frames, messages, values
-from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
 from scaleout_mp.ipc.channel import SupervisorChannel, channel_pair, close_all
 from scaleout_mp.ipc.frames import Frame, Kind
 from scaleout_mp.sandbox import tree
@@ -32,6 +29,12 @@ from scaleout_mp.task import (
     TaskLife,
     TaskState,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from scaleout_mp.config import Limits
+    from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
 
 logger = logging.getLogger(__name__)
 
@@ -248,9 +251,7 @@ class Execution:
             if watch.look(self._loop.time()):
                 break
         limit, size = readable_size(watch.limit), readable_size(watch.now)
-        cause = StopCause(
-            reason=EndReason.MEMORY_LIMIT, message=f"passed its memory limit of {limit} (peak {size})"
-        )
+        cause = StopCause(reason=EndReason.MEMORY_LIMIT, message=f"passed its memory limit of {limit} (peak {size})")
         # No grace: every moment of it would go into more memory.
         self._stop(cause, grace=0)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from signal import SIGTERM
+from typing import TYPE_CHECKING
 
 from scaleout_mp.sandbox import tree
 from scaleout_mp.task import StopStage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 

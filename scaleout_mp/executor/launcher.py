@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import socket
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from scaleout_mp.ipc.arguments import PreparedCallable
+if TYPE_CHECKING:
+    import asyncio
+    import socket
+
+    from scaleout_mp.ipc.arguments import PreparedCallable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

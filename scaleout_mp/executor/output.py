@@ -9,10 +9,12 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable
-from typing import Final, TextIO
+from typing import TYPE_CHECKING, Final, TextIO
 
-from scaleout_mp.task import LogLine
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from scaleout_mp.task import LogLine
 
 #: Bytes of the end of a stream that are kept for the report.
 KEPT: Final = 1 << 13

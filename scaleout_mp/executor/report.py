@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from scaleout_mp.executor.launcher import Exited
-from scaleout_mp.ipc.messages import Failure
 from scaleout_mp.task import EndReason, ExitReport, StopStage
+
+if TYPE_CHECKING:
+    from scaleout_mp.executor.launcher import Exited
+    from scaleout_mp.ipc.messages import Failure
 
 _CRASH_BANNER: Final = "Fatal Python error:"
 

@@ -6,15 +6,18 @@ import asyncio
 import concurrent.futures
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
-from scaleout_mp.config import Limits
 from scaleout_mp.executor.core import PRELOAD, ExecutorCore
-from scaleout_mp.executor.execution import Execution, Outcome
-from scaleout_mp.executor.template import StartMethod
 from scaleout_mp.ipc import arguments
 from scaleout_mp.task import AbortOrigin, ExitReport, Record, TaskState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from scaleout_mp.config import Limits
+    from scaleout_mp.executor.execution import Execution, Outcome
+    from scaleout_mp.executor.template import StartMethod
 
 #: Records of one task that wait for `Task.records`; past it the oldest go.
 _MOST_RECORDS: Final = 1_000_000

@@ -9,15 +9,18 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from scaleout_mp.errors import LauncherError, ProtocolViolation
 from scaleout_mp.executor.launcher import Child, Exited, Started, StartOrder
 from scaleout_mp.ipc import frames
-from scaleout_mp.ipc.arguments import PreparedCallable
 from scaleout_mp.ipc.channel import SupervisorChannel, channel_pair, close_all
 from scaleout_mp.ipc.frames import MAX_LOADED, Frame, Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from scaleout_mp.ipc.arguments import PreparedCallable
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +124,7 @@ class TemplateLauncher:
             # Through vfork and exec, never a plain fork: this process may have gRPC's threads.
             process = subprocess.Popen(
                 [sys.executable, "-m", "scaleout_mp.worker.template"],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 env={**os.environ, **dict.fromkeys(_ONE_THREAD, "1")},
             )
         ready = asyncio.get_running_loop().create_future()
@@ -188,10 +191,10 @@ class TemplateLauncher:
     def _on_not_started(self, life: _Life, task_id: str, problem: str) -> None:
         self._fail(life.children.pop(task_id), problem)
 
-    def _on_exited(self, life: _Life, task_id: str, code: int, cpu: float, max_rss: int, strays: bool) -> None:
+    def _on_exited(self, life: _Life, task_id: str, facts: dict[str, Any]) -> None:
         child = life.children.pop(task_id)
         if not child.exited.done():
-            child.exited.set_result(Exited(code=code, cpu_seconds=cpu, max_rss=max_rss, strays=strays))
+            child.exited.set_result(Exited(**facts))
 
     @staticmethod
     def _fail(child: Child, problem: str) -> None:

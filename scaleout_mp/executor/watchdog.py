@@ -34,7 +34,7 @@ class MemoryWatch:
     _grew: bool = True
 
     def look(self, clock: float) -> bool:
-        """Measure the tree; True when it is over its limit. Takes some 50 microseconds, 1 ms a process near the limit."""
+        """Measure the tree; True when it is over its limit. Some 50 microseconds, 1 ms a process near the limit."""
         if self._next_search is None:
             self._next_search = clock + _ORPHAN_SEARCH
         elif clock >= self._next_search:

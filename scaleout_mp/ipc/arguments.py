@@ -174,7 +174,10 @@ def _pickle(value: tuple[Any, ...], models: list[ScaleoutModel], buffers: list[m
     except Exception as error:
         args, kwargs = value
         named = {f"argument {index}": item for index, item in enumerate(args)} | kwargs
-        culprit = next((name for name, item in named.items() if not _is_model(item) and not _pickles(item)), "an argument")
+        culprit = next(
+            (name for name, item in named.items() if not _is_model(item) and not _pickles(item)),
+            "an argument",
+        )
         raise ValueNotSendable(f"{culprit} cannot be sent to a task process: {_one_line(error)}") from error
     return file.getvalue()
 
@@ -188,7 +191,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(pickled), buffers=buffers)
         self._models = models
 
-    def persistent_load(self, index: Any) -> ScaleoutModel:
+    def persistent_load(self, index: int) -> ScaleoutModel:
         return self._models[index]
 
 

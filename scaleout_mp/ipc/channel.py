@@ -10,11 +10,13 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from scaleout_mp.errors import ChannelError, ProtocolViolation
 from scaleout_mp.ipc.frames import MAX_DESCRIPTORS, Frame, FrameDecoder, Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
 
 _READ: Final = 1 << 18
 _ANCILLARY: Final = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
@@ -255,4 +257,3 @@ def channel_pair() -> tuple[socket.socket, socket.socket]:
 
 
 __all__ = ["ChildChannel", "Frame", "Kind", "SupervisorChannel", "channel_pair", "close_all"]
-

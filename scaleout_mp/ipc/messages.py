@@ -58,7 +58,10 @@ def _timestamp(value: Any) -> float:
 
 
 def _numbers(value: Any) -> dict[str, float]:
-    _require(isinstance(value, dict) and len(value) <= MAX_KEYS, f"a record is not a map of at most {MAX_KEYS} keys")
+    _require(
+        isinstance(value, dict) and len(value) <= MAX_KEYS,
+        f"a record is not a map of at most {MAX_KEYS} keys",
+    )
     for key, number in value.items():
         _text(key, MAX_NAME, "a key")
         _require(type(number) is float, "a value is not a float")
@@ -78,9 +81,15 @@ def parse_record(frame: Frame) -> Record:
     match frame.kind:
         case Kind.METRIC:
             metrics, step, context, timestamp = _fields(frame, 4)
-            _require(step is None or (type(step) is int and 0 <= step <= MAX_STEP), "a step is no unsigned 32-bit number")
+            _require(
+                step is None or (type(step) is int and 0 <= step <= MAX_STEP),
+                "a step is no unsigned 32-bit number",
+            )
             return MetricRecord(
-                metrics=_numbers(metrics), step=step, timestamp=_timestamp(timestamp), context=_context(context)
+                metrics=_numbers(metrics),
+                step=step,
+                timestamp=_timestamp(timestamp),
+                context=_context(context),
             )
         case Kind.ATTRIBUTES:
             attributes, timestamp = _fields(frame, 2)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.errors import ModelFormatError, ProtocolViolation
 from scaleout_mp.model.memfd import MemoryFile, SealedMemory, verify_sealed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 #: Up to so many bytes in all, segments travel in the frame itself.
 INLINE: Final = 1 << 15
@@ -52,7 +54,7 @@ def _load(table: Any, descriptor: int | None) -> list[memoryview]:
         if not all(type(segment) is bytes for segment in table):
             raise ProtocolViolation("an inline segment is not bytes")
         return [memoryview(bytearray(segment)) for segment in table]
-    if not all(type(size) is int and 0 <= size for size in table):
+    if not all(type(size) is int and size >= 0 for size in table):
         raise ProtocolViolation("a segment has a size that is none")
     verify_sealed(descriptor)
     total = os.fstat(descriptor).st_size

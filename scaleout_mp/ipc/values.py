@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 import msgpack
 import numpy as np
@@ -28,6 +28,7 @@ _MODEL: Final = 3
 MAX_TREE: Final = 1 << 26
 #: Models in one returned value.
 MAX_MODELS: Final = 16
+_PLAIN_TYPES: Final[tuple[type[Any], ...]] = (dict, list, str, bytes, int, float)
 _PLAIN_KINDS: Final = frozenset("biufcmMSUV")
 
 
@@ -65,10 +66,10 @@ class _Encoder:
             return value.item()
         if isinstance(value, np.ndarray):
             return msgpack.ExtType(_ARRAY, self._array(value))
-        for plain in (dict, list, str, bytes, int, float):
+        plain = next((kind for kind in _PLAIN_TYPES if isinstance(value, kind)), None)
+        if plain is not None:
             # Subclasses, such as an OrderedDict or an IntEnum, arrive as their plain base.
-            if isinstance(value, plain):
-                return plain(value)
+            return plain(value)
         if isinstance(value, bytearray | memoryview):
             return bytes(value)
         raise ValueNotSendable(
@@ -85,7 +86,7 @@ class _Encoder:
     def _array(self, array: np.ndarray[Any, Any]) -> bytes:
         if array.dtype.kind not in _PLAIN_KINDS or array.dtype.hasobject or array.dtype.names:
             raise ValueNotSendable(f"an array of dtype {array.dtype} cannot be returned from a task")
-        order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
+        order: Literal["C", "F"] = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
         flat = np.asarray(array, order=order).reshape(-1, order=order)
         self.arrays.append(memoryview(flat.view(np.uint8) if flat.nbytes else b"").cast("B"))
         return self.pack([array.dtype.str, list(array.shape), order, len(self.arrays)])
@@ -159,7 +160,11 @@ class _Decoder:
         view = self._views[index]
         if kind.hasobject or kind.kind not in _PLAIN_KINDS or math.prod(shape) * kind.itemsize != view.nbytes:
             raise ProtocolViolation("an array in a returned value does not fit its bytes")
-        return np.frombuffer(view, dtype=np.uint8).view(kind).reshape(shape, order=order) if view.nbytes else np.empty(shape, kind)
+        return (
+            np.frombuffer(view, dtype=np.uint8).view(kind).reshape(shape, order=order)
+            if view.nbytes
+            else np.empty(shape, kind)
+        )
 
 
 def decode(table: Any, descriptors: list[int], *, max_model_size: int) -> Any:
@@ -177,8 +182,9 @@ def decode(table: Any, descriptors: list[int], *, max_model_size: int) -> Any:
         views = segments.load(table[1], descriptors.pop(0) if table[0] else None)
         if not views or views[0].nbytes > MAX_TREE:
             raise ProtocolViolation("a result is empty, or too large")
+        # One by one: those adopted before a bad one are closed below.
         for descriptor in descriptors:
-            models.append(_adopt(descriptor, max_model_size))
+            models.append(_adopt(descriptor, max_model_size))  # noqa: PERF401
         return _Decoder(views, models).unpack(views[0])
     except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
         for model in models:

@@ -20,8 +20,7 @@ def _sum_fields(path: str, names: tuple[bytes, ...]) -> list[int]:
         lines = file.read().splitlines()
     found = dict.fromkeys(names, 0)
     for line in lines:
-        name, _, rest = line.partition(b" ")
-        name = name.split(b"\t")[0]
+        name = line[: line.find(b":") + 1]
         if name in found:
             found[name] = int(line.split()[1]) * _KIB
     return list(found.values())

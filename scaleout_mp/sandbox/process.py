@@ -10,17 +10,25 @@ import ctypes
 import os
 import resource
 import signal
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
-_libc: Final = ctypes.CDLL(None, use_errno=True)
+_prctl_call: Final = ctypes.CDLL(None, use_errno=True).prctl
+_prctl_call.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
+_prctl_call.restype = ctypes.c_int
+
+#: Python programs start with these ignored: a broken pipe or a full quota is an exception, not a death.
+_IGNORED_BY_PYTHON: Final = frozenset({signal.SIGPIPE, signal.SIGXFSZ})
 
 
 def _prctl(option: int, value: int) -> None:
-    if _libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+    if _prctl_call(option, value, 0, 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"prctl({option}, {value}): {os.strerror(number)}")
 
@@ -53,8 +61,25 @@ def forbid_core_files() -> None:
 def prefer_for_oom_kill() -> None:
     """Have the kernel's out-of-memory killer take this process before any other."""
     # A read-only /proc refuses it; the order of victims is then the kernel's own.
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-        file.write("1000")
+    with contextlib.suppress(OSError):
+        _write("/proc/self/oom_score_adj", b"1000")
+
+
+def _write(path: str, data: bytes) -> None:
+    # Without a file object: its codec and buffers are pages to copy, right after a fork.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: str) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, 4096)
+    finally:
+        os.close(descriptor)
 
 
 def limit_data(limit: int, slack: int) -> None:
@@ -70,8 +95,7 @@ def limit_data(limit: int, slack: int) -> None:
 
 def data_size() -> int:
     """Return the bytes of data and stack mappings that RLIMIT_DATA counts (VmData)."""
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[5]) * resource.getpagesize()
+    return int(_read("/proc/self/statm").split()[5]) * resource.getpagesize()
 
 
 def thread_count() -> int:
@@ -80,22 +104,25 @@ def thread_count() -> int:
 
 
 def has_children() -> bool:
-    """Whether the calling thread's process has a child, running or not yet reaped; True where the kernel doesn't say."""
+    """Whether this single-threaded process has a child that it has not reaped; True where the kernel doesn't say."""
     try:
-        with open(f"/proc/self/task/{os.getpid()}/children", "rb") as file:
-            return bool(file.read().strip())
+        return bool(_read(f"/proc/self/task/{os.getpid()}/children").strip())
     except OSError:
         return True
 
 
-def reset_signals() -> None:
-    """Give every signal its default action and unblock all: a task starts as a fresh program would."""
+def changed_signals() -> list[int]:
+    """Return the signals whose action here is not that of a fresh Python program."""
+    return [
+        int(number)
+        for number in signal.valid_signals() - _IGNORED_BY_PYTHON
+        if signal.getsignal(number) not in {signal.SIG_DFL, None}
+    ]
+
+
+def reset_signals(changed: Iterable[int]) -> None:
+    """Give `changed` signals their default action and unblock all: a task starts as a fresh program would."""
     signal.set_wakeup_fd(-1)
-    for number in signal.valid_signals():
-        if number not in {signal.SIGKILL, signal.SIGSTOP} and signal.getsignal(number) is not signal.SIG_DFL:
-            # Real-time signals that the C library keeps for itself cannot be set.
-            with contextlib.suppress(OSError, ValueError):
-                signal.signal(number, signal.SIG_DFL)
+    for number in changed:
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    # A broken pipe is an exception in Python programs, not a death.
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)

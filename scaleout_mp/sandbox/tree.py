@@ -60,9 +60,7 @@ def _is_zombie(pid: int) -> bool:
 def tagged(tag: int) -> list[int]:
     """Return the pids of all living processes that wear the tag."""
     return [
-        pid
-        for name in os.listdir("/proc")
-        if name.isdigit() and _wears(pid := int(name), tag) and not _is_zombie(pid)
+        pid for name in os.listdir("/proc") if name.isdigit() and _wears(pid := int(name), tag) and not _is_zombie(pid)
     ]
 
 

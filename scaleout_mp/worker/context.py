@@ -6,14 +6,17 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from scaleout_mp.errors import ChannelError, StoppedException
 from scaleout_mp.ipc import frames
-from scaleout_mp.ipc.channel import ChildChannel
 from scaleout_mp.ipc.frames import Kind
 from scaleout_mp.task import RecordContext, set_current_task
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from scaleout_mp.ipc.channel import ChildChannel
 
 #: A log message longer than this is cut, in characters.
 MAX_LOG_MESSAGE: Final = 1 << 14

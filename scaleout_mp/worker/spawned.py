@@ -10,16 +10,17 @@ import dataclasses
 import fcntl
 import os
 import pickle
-import socket
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import msgpack
 
 from scaleout_mp.sandbox import process
 from scaleout_mp.worker import task
 from scaleout_mp.worker.task import CHANNEL_DESCRIPTOR, Confinement
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 _ORDER_DESCRIPTOR: Final = CHANNEL_DESCRIPTOR + 1
 #: Above the descriptors that the new process gets, so that no move overwrites another's source.
@@ -70,7 +71,7 @@ def main() -> NoReturn:
         search_path, confinement_fields, template, pickled = msgpack.unpackb(file.read())
     os.set_inheritable(CHANNEL_DESCRIPTOR, False)
     confinement = Confinement(**confinement_fields)
-    process.reset_signals()
+    process.reset_signals(process.changed_signals())
     os.setsid()
     task.confine(confinement, template)
     sys.path[:] = search_path

@@ -13,15 +13,18 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from scaleout_mp.errors import ChannelError, ProtocolViolation
 from scaleout_mp.ipc import arguments, frames, values
 from scaleout_mp.ipc.channel import ChildChannel
-from scaleout_mp.ipc.frames import Kind
+from scaleout_mp.ipc.frames import Frame, Kind
 from scaleout_mp.sandbox import process, tree
 from scaleout_mp.worker.context import ChannelContext, enter
+
+if TYPE_CHECKING:
+    import io
+    from collections.abc import Callable
 
 #: Where the channel lies in a task's process; 0, 1 and 2 are the standard streams.
 CHANNEL_DESCRIPTOR: Final = 3
@@ -77,9 +80,7 @@ def run(load: Callable[[], Callable[..., Any]], confinement: Confinement) -> NoR
     channel = ChildChannel(socket.socket(fileno=CHANNEL_DESCRIPTOR))
     code = 1
     try:
-        frame = channel.receive()
-        if frame is None or frame.kind is not Kind.TASK:
-            raise ProtocolViolation("the first frame of a task's channel is not TASK")
+        frame = _first_frame(channel)
         task_id, packed = frame.fields
         _prepare_interpreter()
         enter(ChannelContext(channel, task_id), log_level=confinement.log_level)
@@ -87,20 +88,33 @@ def run(load: Callable[[], Callable[..., Any]], confinement: Confinement) -> NoR
     except ChannelError:
         # The supervisor is gone. Nobody is left to tell.
         code = 1
+    except BaseException:  # noqa: BLE001 - a fault of this package; the end of stderr is in the report
+        traceback.print_exc()
     finally:
         _leave(code)
 
 
+def _first_frame(channel: ChildChannel) -> Frame:
+    frame = channel.receive()
+    if frame is None or frame.kind is not Kind.TASK:
+        raise ProtocolViolation("the first frame of a task's channel is not TASK")
+    return frame
+
+
 def _prepare_interpreter() -> None:
     faulthandler.enable(file=2)
-    for stream in (sys.stdout, sys.stderr):
-        # Line by line, so that the last words before a SIGKILL are out.
-        stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+    # Line by line, so that the last words before a SIGKILL are out. New ones: the old may think they write to a file.
+    sys.stdout = sys.__stdout__ = _line_stream(1)  # type: ignore[misc]
+    sys.stderr = sys.__stderr__ = _line_stream(2)  # type: ignore[misc]
     random.seed()
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         # Python's own generator is seeded anew by fork; numpy's global one would repeat in every task.
         numpy_random.seed()
+
+
+def _line_stream(descriptor: int) -> io.TextIOWrapper[Any]:
+    return open(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
 def _run_callable(
@@ -112,7 +126,8 @@ def _run_callable(
         value = function(*args, **kwargs)
         with values.encode(value) as encoded:
             channel.send(
-                frames.encode(Kind.RESULT, encoded.table, descriptors=len(encoded.descriptors)), encoded.descriptors
+                frames.encode(Kind.RESULT, encoded.table, descriptors=len(encoded.descriptors)),
+                encoded.descriptors,
             )
     except ChannelError:
         raise
@@ -162,7 +177,7 @@ def _leave(code: int) -> NoReturn:
     try:
         threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - what the interpreter itself calls
         atexit._run_exitfuncs()  # noqa: SLF001 - fork leaves the interpreter no other way to run them
-    except BaseException:  # noqa: BLE001
+    except BaseException:
         logging.getLogger(__name__).warning("an exit handler raised", exc_info=True)
     finally:
         for stream in (sys.stdout, sys.stderr):

@@ -17,8 +17,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from scaleout_mp.errors import ChannelError
 from scaleout_mp.ipc import frames
@@ -29,6 +28,8 @@ from scaleout_mp.worker import task
 from scaleout_mp.worker.spawned import start_interpreter
 from scaleout_mp.worker.task import Confinement
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Template:
@@ -40,6 +41,8 @@ class Template:
         self._supervisor = os.getppid()
         self._spawn = False
         self._search_path: list[str] = []
+        #: Set anew after the user's code was loaded, which may change some: finding them takes longer than a fork.
+        self._changed_signals: list[int] = []
         self._pickles: dict[str, bytes] = {}
         #: What the pickles gave; a string is the traceback of a failure.
         self._loaded: dict[str, Callable[..., Any] | str] = {}
@@ -134,6 +137,7 @@ class Template:
             # What was loaded goes out of the collector's sight: collections in tasks would copy its pages.
             gc.collect()
             gc.freeze()
+            self._changed_signals = process.changed_signals()
             return None
         return reason
 
@@ -165,12 +169,15 @@ class Template:
         self._channel.send(frames.encode(Kind.STARTED, task_id, pid, "spawn" if self._spawn else "template"))
 
     def _fork(self, key: str, confinement: Confinement, descriptors: list[int]) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            # What the user's imports printed would be printed again by every child.
+            stream.flush()
         pid = os.fork()
         if pid:
             return pid
         try:
             # Signals first: a handler of the template must not run here.
-            process.reset_signals()
+            process.reset_signals(self._changed_signals)
             os.setsid()
             task.confine(confinement, self._pid)
             task.arrange_descriptors(*descriptors)
@@ -200,9 +207,13 @@ class Template:
                 # An orphan of some task, adopted when its parent died.
                 continue
             code = os.waitstatus_to_exitcode(status)
-            cpu = usage.ru_utime + usage.ru_stime
-            strays = process.has_children()
-            self._channel.send(frames.encode(Kind.EXITED, ended[0], code, cpu, usage.ru_maxrss * 1024, strays))
+            facts = {
+                "code": code,
+                "cpu_seconds": usage.ru_utime + usage.ru_stime,
+                "max_rss": usage.ru_maxrss * 1024,
+                "strays": process.has_children(),
+            }
+            self._channel.send(frames.encode(Kind.EXITED, ended[0], facts))
 
     def _end_everything(self) -> None:
         for _, tag in list(self._tasks.values()):
