@@ -59,9 +59,7 @@ class ScaleoutModelBuilder:
         return builder
 
     @classmethod
-    def from_file(
-        cls, file_path: str | os.PathLike[str], *, limits: ContainerLimits = DEFAULT_LIMITS
-    ) -> Self:
+    def from_file(cls, file_path: str | os.PathLike[str], *, limits: ContainerLimits = DEFAULT_LIMITS) -> Self:
         """Begin with a file, which is used where it lies."""
         return cls._from_source(MappedBytes.open(file_path), limits)
 
@@ -253,9 +251,7 @@ class ScaleoutModelBuilder:
 
 
 #: What this process builds is bounded by its memory, not by what it accepts from others.
-_NO_LIMITS: Final = ContainerLimits(
-    max_size=1 << 62, max_inflated=1 << 62, max_entries=1 << 31, max_metadata=1 << 62
-)
+_NO_LIMITS: Final = ContainerLimits(max_size=1 << 62, max_inflated=1 << 62, max_entries=1 << 31, max_metadata=1 << 62)
 
 
 def _write_weights(writer: ZipWriter, helper: Helper, weights: Any, level: int | None) -> None:

@@ -51,9 +51,7 @@ DEFAULT_LIMITS: Final = ContainerLimits()
 class Container:
     """An opened container: its directory and metadata are checked, its entries are read when asked for."""
 
-    def __init__(
-        self, source: MappedBytes, *, trusted: bool = False, limits: ContainerLimits = DEFAULT_LIMITS
-    ) -> None:
+    def __init__(self, source: MappedBytes, *, trusted: bool = False, limits: ContainerLimits = DEFAULT_LIMITS) -> None:
         """Open and take ownership of `source`, which stays the caller's when this raises.
 
         `trusted`: its bytes were made or checked by this package; stored entries are not compared with
@@ -112,9 +110,7 @@ class Container:
         if METADATA not in self.entries:
             raise ModelFormatError(f"the archive has no {METADATA}")
         if self.entries[METADATA].size > limits.max_metadata:
-            raise ModelFormatError(
-                f"{METADATA} is larger than the {limits.max_metadata:,} bytes that are allowed"
-            )
+            raise ModelFormatError(f"{METADATA} is larger than the {limits.max_metadata:,} bytes that are allowed")
         # Small, and everything depends on it: compared even when the source is trusted.
         data = zip_reader.read_entry(self.source.view(), self.entries[METADATA], verify=True)
         try:

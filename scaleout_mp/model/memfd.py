@@ -6,7 +6,6 @@ fcntl(2) on file sealing.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import mmap
@@ -128,11 +127,9 @@ class MappedBytes:
     def close(self) -> None:
         """Give the descriptor back, and the map as soon as no view of it is left. Safe to call again."""
         self._closer()
-        mapped, self._map = self._map, None
-        if mapped is not None:
-            # A view still exists: the map, and the kernel's pages, go with the last of them.
-            with contextlib.suppress(BufferError):
-                mapped.close()
+        # Not mmap.close(), which unmaps even under those who refer to the map without an export of its
+        # buffer, as numpy.ndarray(buffer=...) does: the map goes with the last reference to it.
+        self._map = None
 
     def _require_open(self) -> None:
         if not self._closer.alive:

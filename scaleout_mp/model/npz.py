@@ -7,7 +7,6 @@ directions. The .npy header is that of numpy's NEP 1.
 from __future__ import annotations
 
 import ast
-import io
 import math
 import re
 import struct
@@ -20,7 +19,7 @@ from numpy.lib import format as npy_format
 from scaleout_mp.errors import ModelFormatError
 from scaleout_mp.model import zip_reader
 from scaleout_mp.model.zip_reader import ArchiveLimits
-from scaleout_mp.model.zip_writer import Sink, ZipWriter
+from scaleout_mp.model.zip_writer import ALIGNMENT, Sink, ZipWriter
 
 if TYPE_CHECKING:
     from scaleout_mp.model.memfd import Bytes
@@ -31,7 +30,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 NPZ_LIMITS: Final = ArchiveLimits(max_entries=1 << 20)
 
 _MAGIC: Final = b"\x93NUMPY"
-_MAX_HEADER: Final = 1 << 16
+_MAX_HEADER: Final = (1 << 16) - 1
 _HEADER_KEYS: Final = {"descr", "fortran_order", "shape"}
 _MAX_DIMENSIONS: Final = 64
 # Byte order, kind, item size, unit of a time: what numpy writes. No O: a pickled object runs code when read.
@@ -56,16 +55,11 @@ def encode_array(array: Array, *, label: str = "array") -> tuple[bytes, Bytes]:
     if not (array.flags.c_contiguous or array.flags.f_contiguous):
         array = np.ascontiguousarray(array)
     fields = npy_format.header_data_from_array_1_0(array)
-    target = io.BytesIO()
-    try:
-        npy_format.write_array_header_1_0(target, fields)
-    except ValueError:  # a structured dtype whose description passes 64 KiB
-        target = io.BytesIO()
-        npy_format.write_array_header_2_0(target, fields)
+    header = _write_header(fields, label)
     if not array.nbytes:
-        return target.getvalue(), b""
+        return header, b""
     flat = (array.T if fields["fortran_order"] else array).reshape(-1)
-    return target.getvalue(), np.asarray(flat).view(np.uint8).data
+    return header, np.asarray(flat).view(np.uint8).data
 
 
 def read_arrays(view: memoryview, *, verify: bool = True, limits: ArchiveLimits = NPZ_LIMITS) -> list[Array]:
@@ -89,11 +83,12 @@ def decode_array(data: memoryview, *, label: str = "array") -> Array:
     dtype, fortran_order, shape, start = _read_header(data, label)
     expected = math.prod(shape) * dtype.itemsize
     if expected != len(data) - start:
-        raise ModelFormatError(
-            f"{label} has {len(data) - start:,} bytes of data, its header asks for {expected:,}"
-        )
+        raise ModelFormatError(f"{label} has {len(data) - start:,} bytes of data, its header asks for {expected:,}")
+    # Through frombuffer, which holds an export of the buffer for the array's life: given a memoryview,
+    # numpy.ndarray keeps only a reference to the owner, which could be unmapped or resized under the array.
+    flat = np.frombuffer(data[start:], np.uint8) if expected else np.empty(0, np.uint8)
     try:
-        array: Array = np.ndarray(shape, dtype, buffer=data[start:], order="F" if fortran_order else "C")
+        array: Array = np.ndarray(shape, dtype, buffer=flat, order="F" if fortran_order else "C")
     except (ValueError, TypeError, OverflowError) as error:
         raise ModelFormatError(f"{label} has an impossible shape or dtype: {error}") from error
     if not array.flags.aligned:
@@ -101,6 +96,17 @@ def decode_array(data: memoryview, *, label: str = "array") -> Array:
         array = array.copy(order="K")
     array.flags.writeable = False
     return array
+
+
+def _write_header(fields: Mapping[str, Any], label: str) -> bytes:
+    """Return the header in the oldest version that can hold it, padded so that data after it is aligned."""
+    text = repr({key: fields[key] for key in ("descr", "fortran_order", "shape")})
+    version, encoded = (1, text.encode("latin1")) if text.isascii() else (3, text.encode())
+    prefix = len(_MAGIC) + 2 + (2 if version == 1 else 4)
+    encoded += b" " * (-(prefix + len(encoded) + 1) % ALIGNMENT) + b"\n"
+    if len(encoded) > _MAX_HEADER:
+        raise ModelFormatError(f"{label} has a dtype with too long a description")
+    return _MAGIC + struct.pack("<BBH" if version == 1 else "<BBL", version, 0, len(encoded)) + encoded
 
 
 def _read_header(data: memoryview, label: str) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]:

@@ -46,9 +46,7 @@ class ScaleoutModel:
         )
 
     @classmethod
-    def _create(
-        cls, container: Container, *, helper: Helper | None = None, legacy_checksum: str | None = None
-    ) -> Self:
+    def _create(cls, container: Container, *, helper: Helper | None = None, legacy_checksum: str | None = None) -> Self:
         model = object.__new__(cls)
         model._container = container
         model._helper = helper
@@ -177,9 +175,7 @@ class ScaleoutModel:
 
     def get_model_params(self, helper: Helper | None = None) -> Any:
         """Return the weights; the deprecated name of `get_training_model`."""
-        warnings.warn(
-            "get_model_params is deprecated; use get_training_model", DeprecationWarning, stacklevel=2
-        )
+        warnings.warn("get_model_params is deprecated; use get_training_model", DeprecationWarning, stacklevel=2)
         return self.get_training_model(helper)
 
     def get_training_model_stream(self) -> ViewStream:
@@ -312,8 +308,8 @@ class ScaleoutModel:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a ScaleoutModel cannot be pickled: its bytes go between processes by descriptor. Pass it to a task "
-            "as an argument, return it as the result, or use save_to_file."
+            "a ScaleoutModel cannot be pickled: its bytes go between processes by descriptor. "
+            "Pass it to a task as an argument, return it as the result, or use save_to_file."
         )
 
     def _helper_from_metadata(self) -> Helper:

@@ -65,7 +65,5 @@ class ModelStore:
     def path(self, model_id: str) -> str:
         """Return where a model of that id lies, or would lie; ValueError unless the id is a plain name."""
         if not _PLAIN_ID.fullmatch(model_id):
-            raise ValueError(
-                f"{model_id!r} cannot be a model's file name: letters, digits, '.', '_' and '-' only"
-            )
+            raise ValueError(f"{model_id!r} cannot be a model's file name: letters, digits, '.', '_' and '-' only")
         return os.path.join(self.folder, model_id + _SUFFIX)

@@ -99,9 +99,7 @@ def read_directory(view: memoryview, limits: ArchiveLimits) -> dict[str, ZipEntr
     """Return the entries by name, or raise ModelFormatError with the reason."""
     directory = _locate_directory(view)
     if directory.entries > limits.max_entries:
-        raise ModelFormatError(
-            f"the archive has {directory.entries} entries; {limits.max_entries} are allowed"
-        )
+        raise ModelFormatError(f"the archive has {directory.entries} entries; {limits.max_entries} are allowed")
     entries: dict[str, ZipEntry] = {}
     total = 0
     for entry in _walk_directory(view, directory):
@@ -109,9 +107,7 @@ def read_directory(view: memoryview, limits: ArchiveLimits) -> dict[str, ZipEntr
             raise ModelFormatError(f"entry {entry.name!r} occurs twice")
         total += entry.size
         if total > limits.max_total:
-            raise ModelFormatError(
-                f"the entries hold more than the {limits.max_total:,} bytes that are allowed"
-            )
+            raise ModelFormatError(f"the entries hold more than the {limits.max_total:,} bytes that are allowed")
         entries[entry.name] = entry
     _refuse_overlap(entries, directory)
     return entries
@@ -184,9 +180,7 @@ def _locate_directory(view: memoryview) -> _Directory:
         _, locator_disk, directory_end, disks = LOCATOR64.unpack_from(view, end - LOCATOR64.size)
         if locator_disk or disks > 1 or directory_end + END64.size > end - LOCATOR64.size:
             raise ModelFormatError("the archive's ZIP64 locator points nowhere")
-        magic, record_size, _, _, disk, start_disk, here, entries, size, offset = END64.unpack_from(
-            view, directory_end
-        )
+        magic, record_size, _, _, disk, start_disk, here, entries, size, offset = END64.unpack_from(view, directory_end)
         if magic != END64_MAGIC or directory_end + 12 + record_size != end - LOCATOR64.size:
             raise ModelFormatError("the archive's ZIP64 end record is damaged")
     if disk or start_disk or here != entries:

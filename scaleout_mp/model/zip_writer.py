@@ -77,9 +77,7 @@ class ZipWriter:
         """Take over an entry of another archive as it is: nothing is inflated or compressed again."""
         wide = max(entry.size, entry.compressed_size) >= zf.MAX_32
         plan = self._plan(entry.name, entry.method, align=entry.method == zf.STORED, wide=wide)
-        plan = dataclasses.replace(
-            plan, crc=entry.crc, size=entry.size, compressed_size=entry.compressed_size
-        )
+        plan = dataclasses.replace(plan, crc=entry.crc, size=entry.size, compressed_size=entry.compressed_size)
         self._sink.write(self._header(plan, wide=wide), source[entry.data_offset : entry.data_end])
         self._entries.append(plan)
 
@@ -204,9 +202,7 @@ def _central_record(entry: ZipEntry) -> bytes:
 class EntrySink(io.RawIOBase):
     """The bytes of one entry as a file to write to. A helper's `save` gets one; it cannot seek."""
 
-    def __init__(
-        self, sink: Sink, finish: Callable[[int, int, int], None], *, deflate_level: int | None
-    ) -> None:
+    def __init__(self, sink: Sink, finish: Callable[[int, int, int], None], *, deflate_level: int | None) -> None:
         super().__init__()
         self._sink = sink
         self._finish = finish

@@ -28,9 +28,7 @@ def get_helper(name: str) -> Helper:
     """Return the helper of that name; ValueError when none is registered."""
     helper = _helpers.get(name)
     if helper is None:
-        raise ValueError(
-            f"no helper is named {name!r}; known: {', '.join(sorted(_helpers))}. See register_helper."
-        )
+        raise ValueError(f"no helper is named {name!r}; known: {', '.join(sorted(_helpers))}. See register_helper.")
     return helper
 
 

@@ -1,0 +1,331 @@
+"""The archive reader and writer against hostile and unusual bytes."""
+
+import io
+import json
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from scaleout_mp.errors import ModelError, ModelFormatError
+from scaleout_mp.model import ScaleoutModel, SealedMemory
+from scaleout_mp.model import zip_reader as zf
+from scaleout_mp.model.checksums import crc32, crc32_combine
+from scaleout_mp.model.container import Container, ContainerLimits
+from scaleout_mp.model.memfd import MappedBytes, MemoryFile
+from scaleout_mp.model.zip_writer import COMBINE_FROM, ZipWriter, _central_record
+
+LIMITS = zf.ArchiveLimits()
+META = b'{"model_id": "m"}'
+
+
+def archive_of(entries, compression=zipfile.ZIP_DEFLATED) -> bytearray:
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w", compression) as archive:
+        for name, data in entries:
+            archive.writestr(name, data)
+    return bytearray(target.getvalue())
+
+
+def load(data: bytes, **limits) -> ScaleoutModel:
+    return ScaleoutModel.from_stream(io.BytesIO(data), limits=ContainerLimits(**limits))
+
+
+def read_all(data: bytes) -> dict[str, bytes]:
+    view = memoryview(data)
+    entries = zf.read_directory(view, LIMITS)
+    return {name: bytes(zf.read_entry(view, entry, verify=True)) for name, entry in entries.items()}
+
+
+names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20)
+contents = st.dictionaries(names, st.binary(max_size=2000), max_size=5)
+
+
+@given(contents, st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]))
+def test_reads_what_the_standard_library_writes(entries, compression):
+    assert read_all(archive_of(entries.items(), compression)) == entries
+
+
+@given(contents, st.booleans(), st.sampled_from([None, 1, 9]))
+def test_the_standard_library_reads_what_is_written(entries, align, level):
+    with MemoryFile() as file:
+        writer = ZipWriter(file)
+        for index, (name, data) in enumerate(entries.items()):
+            if index % 2:
+                writer.add(name, data[:10], data[10:], align=align)
+            else:
+                with writer.stream(name, deflate_level=level) as entry:
+                    entry.write(data[:10])
+                    entry.write(data[10:])
+        writer.finish()
+        with file.seal() as memory:
+            written = bytes(memory.view())
+    assert read_all(written) == entries
+    with zipfile.ZipFile(io.BytesIO(written)) as archive:
+        assert archive.testzip() is None
+        assert {info.filename: archive.read(info) for info in archive.infolist()} == entries
+
+
+@given(st.binary(max_size=300), st.binary(max_size=300))
+def test_crc_combine(first, second):
+    assert crc32_combine(crc32(first), crc32(second), len(second)) == zlib.crc32(first + second)
+
+
+def test_crc_combine_over_more_than_four_gigabytes():
+    # zlib's own crc32_combine gives this for 5 GiB of zeros appended, built up here by doubling.
+    crc, length = zlib.crc32(bytes(1 << 20)), 1 << 20
+    while length < 5 << 30:
+        crc, length = crc32_combine(crc, crc, length), 2 * length
+    half = crc32_combine(zlib.crc32(b"x"), crc, length)
+    again = zlib.crc32(b"x")
+    for _ in range(8):
+        again = crc32_combine(again, zlib_zeros(length // 8), length // 8)
+    assert half == again
+
+
+def zlib_zeros(length: int) -> int:
+    crc, done = zlib.crc32(bytes(1 << 20)), 1 << 20
+    while done < length:
+        crc, done = crc32_combine(crc, crc, done), 2 * done
+    return crc
+
+
+def test_large_entries_are_stored_with_the_right_sum():
+    data = np.random.default_rng(1).bytes(COMBINE_FROM + 7)
+    with MemoryFile() as file:
+        outer = ZipWriter(file)
+        with outer.stream("inner.zip") as sink:
+            inner = ZipWriter(sink)
+            inner.add("large", data)
+            inner.add("small", b"x")
+            inner.finish()
+        outer.finish()
+        with file.seal() as memory:
+            nested = read_all(bytes(memory.view()))["inner.zip"]
+    assert read_all(nested) == {"large": data, "small": b"x"}
+
+
+def test_more_entries_than_sixteen_bits_count():
+    with MemoryFile() as file:
+        writer = ZipWriter(file)
+        for index in range(66_000):
+            writer.add(str(index), b"")
+        writer.finish()
+        with file.seal() as memory:
+            entries = zf.read_directory(memory.view(), zf.ArchiveLimits(max_entries=66_000))
+            assert len(entries) == 66_000
+            assert len(zipfile.ZipFile(io.BytesIO(memory.view())).namelist()) == 66_000
+            with pytest.raises(ModelFormatError, match="66000 entries; 4096 are allowed"):
+                zf.read_directory(memory.view(), LIMITS)
+
+
+def test_offsets_beyond_four_gigabytes(tmp_path):
+    """A sparse file: the hole costs neither disk nor memory."""
+    path = tmp_path / "big.zip"
+    hole = 5 << 30
+    with open(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("first", b"1")
+        archive.start_dir += hole
+        archive.writestr("last", b"2")
+    with MappedBytes.open(path) as source:
+        view = source.view()
+        entries = zf.read_directory(view, LIMITS)
+        assert entries["last"].header_offset > 4 << 30
+        assert bytes(zf.read_entry(view, entries["last"], verify=True)) == b"2"
+        with MemoryFile() as file:
+            writer = ZipWriter(file)
+            writer.add_raw(view, entries["last"])
+            writer.finish()
+            with file.seal() as copied:
+                assert read_all(bytes(copied.view())) == {"last": b"2"}
+
+
+def test_headers_of_entries_beyond_four_gigabytes():
+    big = (5 << 30) + 1
+    entry = zf.ZipEntry(
+        name="w", method=0, crc=1, compressed_size=big, size=big, header_offset=big, data_offset=big + 51
+    )
+    record = _central_record(entry)
+    extra = record[zf.CENTRAL.size + 1 :]
+    assert struct.unpack("<2H3Q", extra) == (1, 24, big, big, big)
+    assert ZipWriter._header(entry, wide=True)[-20:] == struct.pack("<2H2Q", 1, 16, big, big)
+
+
+def patched(data: bytearray, offset: int, layout: str, value: int) -> bytearray:
+    struct.pack_into(layout, data, offset, value)
+    return data
+
+
+def central(data: bytearray, index: int = 0) -> int:
+    at = -1
+    for _ in range(index + 1):
+        at = data.index(zf.CENTRAL_MAGIC, at + 1)
+    return at
+
+
+def container(compression=zipfile.ZIP_DEFLATED) -> bytearray:
+    return archive_of([("metadata.json", META), ("training_model.bin", b"w" * 1000)], compression)
+
+
+HOSTILE = {
+    "encrypted": (lambda d: patched(d, central(d) + 8, "<H", 1), "encrypted"),
+    "method": (lambda d: patched(d, central(d) + 10, "<H", 12), "method 12"),
+    "symlink": (lambda d: patched(d, central(d, 1) + 38, "<L", 0o120777 << 16), "symbolic link"),
+    "bomb": (lambda d: patched(d, central(d, 1) + 24, "<L", 3 << 30), "further than deflate can"),
+    "declares less": (lambda d: patched(d, central(d, 1) + 24, "<L", 999), "more than its declared size"),
+    "declares more": (lambda d: patched(d, central(d, 1) + 24, "<L", 1001), "cut off"),
+    "crc": (lambda d: patched(d, central(d, 1) + 16, "<L", 0), "CRC"),
+    "overlap": (
+        lambda d: patched(d, central(d, 1) + 42, "<L", 0),
+        "disagree|overlaps",
+    ),
+    "offset outside": (lambda d: patched(d, central(d, 1) + 42, "<L", len(d)), "outside"),
+    "into directory": (lambda d: patched(d, central(d, 1) + 20, "<L", 5000), "into the archive's directory"),
+    "disk": (lambda d: patched(d, central(d, 1) + 34, "<H", 1), "split"),
+    "zip64 lacking": (lambda d: patched(d, central(d, 1) + 24, "<L", 0xFFFFFFFF), "ZIP64"),
+    "name differs": (lambda d: d.replace(b"training_model", b"training_modem", 1), "disagree"),
+    "directory size": (lambda d: patched(d, len(d) - 10, "<L", 1), "not where"),
+    "entry count": (lambda d: patched(patched(d, len(d) - 12, "<H", 3), len(d) - 14, "<H", 3), "cut off"),
+    "entry count low": (
+        lambda d: patched(patched(d, len(d) - 12, "<H", 1), len(d) - 14, "<H", 1),
+        "more than its entries",
+    ),
+    "truncated": (lambda d: d[:-1], "cut off"),
+    "beginning only": (lambda d: d[:3], "cut off"),
+    "prefixed": (lambda d: b"junk" + d, "not where"),
+    "empty": (lambda _d: b"", "empty"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_archives_are_refused(case):
+    change, reason = HOSTILE[case]
+    with pytest.raises(ModelFormatError, match=reason):
+        load(bytes(change(container()))).get_training_model_stream()
+
+
+def test_duplicate_names_are_refused():
+    with pytest.warns(UserWarning, match="Duplicate"):
+        data = archive_of([("metadata.json", META), ("metadata.json", META)])
+    with pytest.raises(ModelFormatError, match="occurs twice"):
+        load(data)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../up", "a/../../b", "c\\d", "files/../x", "files/a/b", "files/.."])
+def test_names_that_lead_outside_are_refused(name):
+    with pytest.raises(ModelFormatError, match=r"outside|plain"):
+        load(archive_of([("metadata.json", META), (name, b"")]))
+
+
+def test_limits_are_parameters():
+    data = container()
+    with pytest.raises(ModelFormatError, match="2 entries; 1 are allowed"):
+        load(data, max_entries=1)
+    with pytest.raises(ModelFormatError, match="500 bytes that are allowed"):
+        load(data, max_inflated=500)
+    with pytest.raises(ModelFormatError, match=r"metadata.json is larger than the 10 bytes"):
+        load(data, max_metadata=10)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        b"[]",
+        b"null",
+        b"{",
+        b"\xff\xfe",
+        b'{"model_id": 5}',
+        b'{"helper_type": []}',
+        b'{"_version": "2"}',
+        b'{"_version": true}',
+        b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+        b'{"a": ' + b"9" * 10_000 + b"}",
+    ],
+)
+def test_metadata_must_be_an_object_of_the_right_kinds(metadata):
+    with pytest.raises(ModelFormatError, match=r"metadata\.json"):
+        load(archive_of([("metadata.json", metadata)]))
+
+
+def test_a_bomb_is_never_inflated_past_its_declared_size():
+    data = archive_of([("metadata.json", META), ("training_model.bin", bytes(64 << 20))])
+    assert len(data) < 100_000
+    at = central(data, 1)
+    patched(data, at + 24, "<L", 1 << 10)
+    with pytest.raises(ModelFormatError, match="more than its declared size"):
+        load(data).get_training_model_stream()
+
+
+VALID = {
+    compression: ScaleoutModel.from_training_model(
+        [np.arange(50, dtype=np.float32), np.ones((3, 3))], metadata={"k": "v"}, compression=compression
+    )
+    .get_file_stream()
+    .read()
+    for compression in ("stored", "deflate")
+}
+
+
+def outcome(data: bytes):
+    """What a receiver that was told the format gets to see: the same model, or a ModelError."""
+    try:
+        with SealedMemory.of(data) as memory:
+            container = Container(memory)
+            container.verify()
+            container.content("training_model.bin")
+        with load(data) as model:
+            return model.metadata, [array.tolist() for array in model.get_training_model()]
+    except ModelError:
+        return None
+
+
+fuzz = settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+
+
+@pytest.mark.parametrize("compression", VALID)
+@fuzz
+@given(data=st.data())
+def test_flipped_bits_are_found(compression, data):
+    valid = VALID[compression]
+    damaged = bytearray(valid)
+    for position in data.draw(st.lists(st.integers(0, 8 * len(valid) - 1), min_size=1, max_size=4, unique=True)):
+        damaged[position // 8] ^= 1 << position % 8
+    assert outcome(bytes(damaged)) in (None, outcome(valid))
+
+
+@pytest.mark.parametrize("compression", VALID)
+@fuzz
+@given(data=st.data())
+def test_cuts_and_splices_are_found(compression, data):
+    valid = VALID[compression]
+    first, second = sorted(data.draw(st.tuples(*[st.integers(0, len(valid))] * 2)))
+    insert = data.draw(st.binary(max_size=40))
+    assert outcome(valid[:first]) is None or first == len(valid)
+    assert outcome(valid[:first] + insert + valid[second:]) in (None, outcome(valid))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+reserved = {"model_id", "helper_type", "inference_model_format", "_version"}
+
+
+@given(st.dictionaries(st.text().filter(lambda key: key not in reserved), json_values, max_size=5))
+def test_metadata_round_trip(metadata):
+    with ScaleoutModel.from_training_model([], metadata=metadata) as model:
+        expected = {
+            **json.loads(json.dumps(metadata)),
+            "helper_type": "numpyhelper",
+            "model_id": model.model_id,
+        }
+        if metadata.get("version") == 2 and type(metadata["version"]) is not bool:
+            del expected["version"]  # taken for the stamp of the older format
+        assert model.metadata == expected
+        with ScaleoutModel.from_stream(model.get_file_stream()) as loaded:
+            assert loaded.metadata == expected
