@@ -70,11 +70,11 @@ class ScaleoutModel:
         return builder.set_metadata_dict(metadata or {}).build(compression=compression)
 
     @staticmethod
-    def from_file(file_path: str | os.PathLike[str]) -> ScaleoutModel:
+    def from_file(file_path: str | os.PathLike[str], *, limits: ContainerLimits = DEFAULT_LIMITS) -> ScaleoutModel:
         """Open a container where it lies, or wrap bare weights in a new one. The file stays as it is."""
         from scaleout_mp.model.builder import ScaleoutModelBuilder
 
-        return ScaleoutModelBuilder.from_file(file_path).build()
+        return ScaleoutModelBuilder.from_file(file_path, limits=limits).build()
 
     @staticmethod
     def from_stream(stream: BinaryIO, *, limits: ContainerLimits = DEFAULT_LIMITS) -> ScaleoutModel:

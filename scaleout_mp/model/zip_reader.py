@@ -51,7 +51,7 @@ MAX_16: Final = 0xFFFF
 
 #: Deflate spends at least one bit on a match of 258 bytes; the rest is room for a short block.
 _MAX_RATIO: Final = 1032
-_INFLATE_STEP: Final = 1 << 20
+_STEP: Final = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,42 +118,64 @@ def read_entry(view: memoryview, entry: ZipEntry, *, verify: bool) -> memoryview
 
     `verify`: compare a stored entry with its CRC-32. What is inflated is always compared.
     """
-    raw = view[entry.data_offset : entry.data_end]
     if entry.method == STORED:
+        raw = view[entry.data_offset : entry.data_end]
         if verify and crc32(raw) != entry.crc:
-            raise ModelFormatError(f"entry {entry.name!r} is damaged: its CRC-32 differs")
+            raise _damaged(entry)
         return raw
-    return _inflate(raw, entry)
-
-
-def _inflate(raw: memoryview, entry: ZipEntry) -> memoryview:
     # Not zeroed: pages are taken only as far as data really comes out.
     target = np.empty(entry.size, dtype=np.uint8).data
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    filled = crc = 0
-    try:
-        for start in range(0, len(raw), _INFLATE_STEP):
-            pending: bytes | memoryview = raw[start : start + _INFLATE_STEP]
-            while pending:
-                # One byte more than is left, so that an overlong stream shows itself.
-                piece = inflater.decompress(pending, min(_INFLATE_STEP, entry.size - filled + 1))
-                if filled + len(piece) > entry.size:
-                    raise ModelFormatError(f"entry {entry.name!r} inflates to more than its declared size")
-                target[filled : filled + len(piece)] = piece
-                filled += len(piece)
-                crc = crc32(piece, crc)
-                pending = inflater.unconsumed_tail
-                if inflater.eof:
-                    break
-            if inflater.eof:
-                break
-    except zlib.error as error:
-        raise ModelFormatError(f"entry {entry.name!r} is damaged: {error}") from error
-    if not inflater.eof or filled != entry.size:
+    filled = 0
+    for piece in iter_entry(view, entry):
+        target[filled : filled + len(piece)] = piece
+        filled += len(piece)
+    return target.toreadonly()
+
+
+def iter_entry(view: memoryview, entry: ZipEntry) -> Iterator[bytes | memoryview]:
+    """Yield an entry's bytes in pieces, inflated as they are asked for, so that no entry fills the memory.
+
+    ModelFormatError when they are not what the directory says; damage may show only after the last piece.
+    """
+    raw = view[entry.data_offset : entry.data_end]
+    size = crc = 0
+    for piece in _slices(raw) if entry.method == STORED else _inflate(raw, entry):
+        size += len(piece)
+        if size > entry.size:
+            raise ModelFormatError(f"entry {entry.name!r} inflates to more than its declared size")
+        crc = crc32(piece, crc)
+        yield piece
+    if size != entry.size:
         raise ModelFormatError(f"entry {entry.name!r} is cut off")
     if crc != entry.crc:
-        raise ModelFormatError(f"entry {entry.name!r} is damaged: its CRC-32 differs")
-    return target.toreadonly()
+        raise _damaged(entry)
+
+
+def _damaged(entry: ZipEntry) -> ModelFormatError:
+    return ModelFormatError(f"entry {entry.name!r} is damaged: its CRC-32 differs")
+
+
+def _slices(raw: memoryview) -> Iterator[memoryview]:
+    for start in range(0, len(raw), _STEP):
+        yield raw[start : start + _STEP]
+
+
+def _inflate(raw: memoryview, entry: ZipEntry) -> Iterator[bytes]:
+    """Yield what deflated bytes hold, at most a step at a time, up to the end of the stream."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        for piece in _slices(raw):
+            pending: bytes | memoryview = piece
+            while pending and not inflater.eof:
+                yield inflater.decompress(pending, _STEP)
+                pending = inflater.unconsumed_tail
+        # What a full output buffer kept back when the input was used up.
+        while not inflater.eof and (rest := inflater.decompress(b"", _STEP)):
+            yield rest
+    except zlib.error as error:
+        raise ModelFormatError(f"entry {entry.name!r} is damaged: {error}") from error
+    if not inflater.eof:
+        raise ModelFormatError(f"entry {entry.name!r} is cut off")
 
 
 def _find_end(view: memoryview) -> int | None:
