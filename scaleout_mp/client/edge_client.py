@@ -81,8 +81,7 @@ class EdgeClient:
 
     def set_train_callback(
         self,
-        callback: Callable[[ScaleoutModel, dict[str, Any]], tuple[ScaleoutModel | None, dict[str, Any]]]
-        | None,
+        callback: Callable[[ScaleoutModel, dict[str, Any]], tuple[ScaleoutModel | None, dict[str, Any]]] | None,
     ) -> None:
         """Set the callback for model updates: `train(model, client_settings) -> (model, metadata)`."""
         self.train_callback = callback
@@ -173,9 +172,7 @@ class EdgeClient:
     def _send_metric(self, values: dict[str, float], step: int, context: LoggingContext) -> bool:
         task = current_task()
         if task is not None:
-            ids = RecordContext(
-                model_id=context.model_id, round_id=context.round_id, session_id=context.session_id
-            )
+            ids = RecordContext(model_id=context.model_id, round_id=context.round_id, session_id=context.session_id)
             task.log_metric(values, step=step, context=ids)
             return True
         return self._runtime.send_metric(

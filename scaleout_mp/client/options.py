@@ -65,9 +65,7 @@ class GrpcConnectionOptions:
             grpc_secure=secure if isinstance(secure, bool) else None,
         )
         if not options.host:
-            raise ConfigError(
-                "the server's answer names no combiner: public_hostname and internal_hostname are empty"
-            )
+            raise ConfigError("the server's answer names no combiner: public_hostname and internal_hostname are empty")
         return options
 
     def __eq__(self, other: object) -> bool:
@@ -79,9 +77,7 @@ class GrpcConnectionOptions:
         return hash((self.host, self.port))
 
     def __repr__(self) -> str:
-        return (
-            f"GrpcConnectionOptions(host={self.host!r}, port={self.port!r}, grpc_secure={self.grpc_secure!r})"
-        )
+        return f"GrpcConnectionOptions(host={self.host!r}, port={self.port!r}, grpc_secure={self.grpc_secure!r})"
 
 
 def _port(value: Any) -> int:

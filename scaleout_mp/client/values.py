@@ -20,16 +20,12 @@ def metric_values(values: Mapping[Any, Any], *, what: str = "metric") -> dict[st
 
 
 def _number(key: Any, value: Any, what: str) -> float:
-    if not isinstance(value, str | bytes | bytearray) and (
-        hasattr(value, "__float__") or hasattr(value, "__index__")
-    ):
+    if not isinstance(value, str | bytes | bytearray) and (hasattr(value, "__float__") or hasattr(value, "__index__")):
         try:
             # An array of one element has an item; float() of it is deprecated in numpy.
             return float(value.item() if hasattr(value, "item") else value)
         except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"{what} {key!r} is not one number but {type(value).__name__}: {error}"
-            ) from error
+            raise TypeError(f"{what} {key!r} is not one number but {type(value).__name__}: {error}") from error
     raise TypeError(f"{what} {key!r} must be a number, not {type(value).__name__}")
 
 

@@ -132,16 +132,12 @@ class CombinerCalls:
         self.link.succeeded()
         return answer
 
-    async def call(
-        self, method: Method, request: Any, *, attempts: int | None, within: float = CALL_TIMEOUT
-    ) -> Any:
+    async def call(self, method: Method, request: Any, *, attempts: int | None, within: float = CALL_TIMEOUT) -> Any:
         """Make one unary call; transient failures are retried, at most `attempts` tries, None: for ever.
 
         Raises the last error.
         """
-        return await self.retried(
-            method.name, lambda: self.once(method, request, within=within), attempts=attempts
-        )
+        return await self.retried(method.name, lambda: self.once(method, request, within=within), attempts=attempts)
 
     async def retried(self, what: str, attempt: Callable[[], Awaitable[T]], *, attempts: int | None) -> T:
         """Await `attempt()` until it succeeds, fails for good or failed `attempts` times."""

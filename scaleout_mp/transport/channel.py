@@ -36,9 +36,7 @@ _OPTIONS = [
 ]
 
 
-def open_channel(
-    host: str, port: int, *, secure: bool, root_cert_path: str | None = None
-) -> grpc.aio.Channel:
+def open_channel(host: str, port: int, *, secure: bool, root_cert_path: str | None = None) -> grpc.aio.Channel:
     """Open a channel on the running loop; nothing is sent until the first call.
 
     Raises ConfigError when the root certificates cannot be read.
@@ -61,9 +59,7 @@ def open_channel(
 class CallCredentials:
     """Who calls: the metadata of each call, with an access token where one is held."""
 
-    def __init__(
-        self, *, client_id: str, name: str, tokens: TokenSource | None = None, scheme: str = "Bearer"
-    ) -> None:
+    def __init__(self, *, client_id: str, name: str, tokens: TokenSource | None = None, scheme: str = "Bearer") -> None:
         self._who = (
             ("client", _header_value(client_id)),
             ("client-id", _header_value(client_id)),

@@ -66,9 +66,7 @@ def post_json(url: str, payload: Mapping[str, Any], *, headers: Mapping[str, str
     TransportError when trying again cannot help.
     """
     try:
-        response = requests.post(
-            url, json=dict(payload), headers=dict(headers), verify=verify, timeout=REQUEST_TIMEOUT
-        )
+        response = requests.post(url, json=dict(payload), headers=dict(headers), verify=verify, timeout=REQUEST_TIMEOUT)
     except requests.exceptions.SSLError as error:
         raise TransportError(
             f"{url}: the certificate or the TLS handshake failed ({_root_cause(error)}); for a self-signed "

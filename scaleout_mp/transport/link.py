@@ -15,8 +15,10 @@ logger = logging.getLogger(__name__)
 class LinkWatch:
     """Shared by all that call the combiner: the first failure is a warning, the recovery says how long."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, repeat_level: int = logging.DEBUG) -> None:
+        """Log the second and further failures of an outage at `repeat_level`."""
         self._clock = clock
+        self._repeat_level = repeat_level
         self._down_since: float | None = None
 
     @property
@@ -26,7 +28,7 @@ class LinkWatch:
 
     def failed(self, what: str, error: Exception, again_in: float) -> None:
         """Note a failed call that is tried again in `again_in` seconds."""
-        level = logging.DEBUG if self.down else logging.WARNING
+        level = self._repeat_level if self.down else logging.WARNING
         if self._down_since is None:
             self._down_since = self._clock()
         logger.log(

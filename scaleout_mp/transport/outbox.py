@@ -91,9 +91,7 @@ class _Lane:
 class Outbox:
     """Messages in memory until the combiner has them. Lives on one event loop."""
 
-    def __init__(
-        self, calls: CombinerCalls, *, max_records: int = MAX_RECORDS, in_flight: int = IN_FLIGHT
-    ) -> None:
+    def __init__(self, calls: CombinerCalls, *, max_records: int = MAX_RECORDS, in_flight: int = IN_FLIGHT) -> None:
         self._calls = calls
         self._max_records = max_records
         self._slots = asyncio.Semaphore(in_flight)
@@ -166,13 +164,11 @@ class Outbox:
             self._delivered += 1
         else:
             self._refused += 1
-            logger.error(
-                "the combiner refused a message for good: %s", error, extra={"action": "message_refused"}
-            )
+            logger.error("the combiner refused a message for good: %s", error, extra={"action": "message_refused"})
         ticket.settle(error)
 
     async def flush(self, task_id: str, within: float | None = None) -> bool:
-        """Wait until nothing of the task is left to send, at most `within` seconds; return whether that is so."""
+        """Wait until nothing of the task is left to send; False when that takes over `within` seconds."""
         lane = self._lanes.get(task_id)
         if lane is None or lane.sender is None:
             return True
@@ -198,9 +194,7 @@ class Outbox:
         if senders:
             await asyncio.wait(senders)
         if self._pending:
-            logger.warning(
-                "%d messages did not reach the combiner", self._pending, extra={"action": "outbox_lost"}
-            )
+            logger.warning("%d messages did not reach the combiner", self._pending, extra={"action": "outbox_lost"})
         for lane in self._lanes.values():
             for ticket in lane.waiting:
                 ticket.settle(TransportError("the client ended before the message could be sent"))

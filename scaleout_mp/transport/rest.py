@@ -94,9 +94,7 @@ def request_assignment(
             return AssignmentAnswer(outcome=Assignment.UNKNOWN, message=str(error))
 
 
-def _post_authorized(
-    url: str, payload: Mapping[str, Any], settings: Settings, tokens: TokenSource | None
-) -> Answer:
+def _post_authorized(url: str, payload: Mapping[str, Any], settings: Settings, tokens: TokenSource | None) -> Answer:
     """Post with the token; on 401 refresh it once and post again: it may have been revoked early."""
     if tokens is None:
         return post_json(url, payload, headers={}, verify=settings.verify_api_certificates)
@@ -126,9 +124,7 @@ def _read_answer(url: str, answer: Answer) -> AssignmentAnswer:
             body=body or {},
             message="the network has no compute package yet",
         )
-    outcome, default = _REFUSALS.get(
-        answer.status, (Assignment.UNKNOWN, "{url} answered " + str(answer.status))
-    )
+    outcome, default = _REFUSALS.get(answer.status, (Assignment.UNKNOWN, "{url} answered " + str(answer.status)))
     return AssignmentAnswer(outcome=outcome, message=answer.message(default.format(url=url)))
 
 

@@ -1,0 +1,43 @@
+"""Run asyncio code from blocking code, also where a loop runs already, as in a notebook."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+T = TypeVar("T")
+
+
+def run_blocking(make: Callable[[], Coroutine[Any, Any, T]], *, on_interrupt: Callable[[], None] | None = None) -> T:
+    """Run a coroutine to its end on a loop of its own and return its result.
+
+    In this thread, or, when a loop runs in it, in another one; there Ctrl-C calls `on_interrupt` instead of
+    raising.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        with asyncio.Runner() as runner:
+            return runner.run(make())
+    result: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            with asyncio.Runner() as runner:
+                result.set_result(runner.run(make()))
+        except BaseException as error:  # noqa: BLE001 - it is raised in the thread that waits
+            result.set_exception(error)
+
+    threading.Thread(target=work, name="scaleout_mp", daemon=True).start()
+    while True:
+        try:
+            return result.result()
+        except KeyboardInterrupt:
+            if on_interrupt is None or result.done():
+                raise
+            on_interrupt()

@@ -1,0 +1,105 @@
+"""The steps before the first poll: the combiner's address from the API, and the version check."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from scaleout_mp.client import ConnectToApiResult, GrpcConnectionOptions
+from scaleout_mp.errors import CallError, ConfigError, TransportError
+from scaleout_mp.transport.rest import Assignment
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from scaleout_mp.client import EdgeClient
+    from scaleout_mp.config import Settings
+    from scaleout_mp.transport.calls import CombinerCalls
+    from scaleout_mp.transport.rest import AssignmentAnswer
+
+logger = logging.getLogger(__name__)
+
+#: Tries of the version check while the combiner does not answer.
+_VERSION_TRIES = 5
+
+_RESULTS = {
+    Assignment.PACKAGE_MISSING: ConnectToApiResult.ComputePackageMissing,
+    Assignment.UNAUTHORIZED: ConnectToApiResult.UnAuthorized,
+    Assignment.UNMATCHED: ConnectToApiResult.UnMatchedConfig,
+    Assignment.WRONG_URL: ConnectToApiResult.IncorrectUrl,
+    Assignment.UNKNOWN: ConnectToApiResult.UnknownError,
+}
+
+
+def assignment_payload(client: EdgeClient, given: Mapping[str, Any] | None, settings: Settings) -> dict[str, Any]:
+    """Return the request's body: what the user gave, with the rest filled in."""
+    payload: dict[str, Any] = {
+        "name": client.name or socket.gethostname(),
+        "client_id": client.client_id or str(uuid.uuid4()),
+        "preferred_combiner": None,
+        "package": "local",
+        **{key: value for key, value in (given or {}).items() if value is not None},
+    }
+    if settings.check_version:
+        payload.setdefault("client_version", settings.client_version)
+    return payload
+
+
+def read_assignment(
+    answer: AssignmentAnswer, payload: Mapping[str, Any], client: EdgeClient
+) -> tuple[ConnectToApiResult, Any]:
+    """Return what `connect_to_api` returns; when a combiner was assigned, `client` gets its id and name."""
+    if answer.outcome is Assignment.ASSIGNED:
+        try:
+            options = GrpcConnectionOptions.from_dict(answer.body)
+        except ConfigError as error:
+            return _refused(ConnectToApiResult.UnknownError, str(error))
+        client_id = str(answer.body.get("client_id") or payload["client_id"])
+        client.set_client_id(client_id)
+        client.set_name(str(payload.get("name") or client_id))
+        logger.info(
+            "assigned to the combiner at %s:%d", options.host, options.port, extra={"action": "client_assigned"}
+        )
+        return ConnectToApiResult.Assigned, options
+    result = _RESULTS[answer.outcome]
+    if answer.outcome is Assignment.PACKAGE_MISSING:
+        logger.info("%s", answer.message, extra={"action": "package_missing"})
+        return result, dict(answer.body)
+    return _refused(result, answer.message)
+
+
+def _refused(result: ConnectToApiResult, message: str) -> tuple[ConnectToApiResult, str]:
+    logger.error("cannot connect: %s", message, extra={"action": "connect_failed", "result": result.name})
+    return result, message
+
+
+async def check_version(calls: CombinerCalls, *, client_id: str, version: str) -> None:
+    """Ask the combiner whether it takes a client of this version.
+
+    Raises TransportError, in one line, when it does not, or does not answer after some tries.
+    """
+    try:
+        answer = await calls.announce(
+            "VersionCheck",
+            client_id=client_id,
+            parameters={"client-version": version},
+            attempts=_VERSION_TRIES,
+        )
+    except CallError as error:
+        if error.code == "UNIMPLEMENTED":
+            # A server that does not check takes every version.
+            return
+        raise
+    try:
+        said = json.loads(answer.parameters) if answer.parameters else {}
+    except ValueError as error:
+        raise TransportError(f"the combiner's answer to the version check is not JSON: {error}") from error
+    if isinstance(said, dict) and not said.get("success", True):
+        raise TransportError(
+            f"the server (version {said.get('version', 'unknown')}) does not take clients of version {version}"
+            f"{': ' + answer.response if answer.response else ''}; "
+            "SCALEOUT_MP_CLIENT_VERSION sets the version that is presented"
+        )

@@ -1,0 +1,131 @@
+"""The kinds of task: model update, validation, custom."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from scaleout_mp.model import ScaleoutModel
+from scaleout_mp.supervisor import messages
+from scaleout_mp.supervisor.jobs import Job, JobFailedError, JobResources, Phase, json_text
+from scaleout_mp.supervisor.messages import TaskType
+from scaleout_mp.transport.outbox import MessageKind
+from scaleout_mp.wire import edge_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def make_job(request: pb.TaskRequest, resources: JobResources, *, on_start: Callable[[], None]) -> Job:
+    """Return the job for a request; one of an unknown type fails when it runs, and says so."""
+    kinds: dict[str, type[Job]] = {TaskType.MODEL_UPDATE: ModelUpdateJob, TaskType.VALIDATION: ValidationJob}
+    return kinds.get(request.type, CustomJob)(request, resources, on_start=on_start)
+
+
+class ModelUpdateJob(Job):
+    """Train a model and send the result."""
+
+    async def _perform(self) -> None:
+        # A client that cannot train must not load the link with a model first.
+        self._resources.callbacks.prepared(self.request.type)
+        settings = messages.task_data(self.request, "client_settings")
+        seconds = _Stopwatch()
+        with await self._download() as model:
+            fetched = seconds.lap()
+            self._say(f"Training on model {self.request.model_id} started.", pb.LogLevel.INFO)
+            value = await self._execute(model, settings)
+            processed = seconds.lap()
+        trained, meta = _update(value)
+        with trained:
+            update_id = str(uuid.uuid4())
+            self._require_not_aborted()
+            upload = self._upload(trained, update_id)
+            await self._phase(upload, Phase.UPLOADING)
+        meta |= {
+            "processing_time": processed,
+            "upload_model": seconds.lap(),
+            "fetch_model": fetched,
+            "config": self.request.data,
+        }
+        await self._send_update(update_id, meta)
+        self._say("Model update completed.", pb.LogLevel.AUDIT)
+
+    async def _upload(self, trained: ScaleoutModel, update_id: str) -> None:
+        # The server files an update under the id that the model itself carries.
+        with await asyncio.to_thread(trained.to_builder().set_model_id(update_id).build) as renamed:
+            await self._resources.transfer.upload(renamed)
+
+    async def _send_update(self, update_id: str, meta: dict[str, Any]) -> None:
+        update = pb.ModelUpdate(
+            client_id=self._resources.client_id,
+            model_id=self.request.model_id,
+            model_update_id=update_id,
+            correlation_id=self.correlation_id,
+            timestamp=messages.now(),
+            meta=json_text(meta, "metadata"),
+            round_id=self.request.round_id,
+            session_id=self.request.session_id,
+        )
+        self._require_not_aborted()
+        self.phase = Phase.REPORTING
+        # From here on it counts: an update that may have arrived is not reported as interrupted.
+        await self._resources.outbox.put(MessageKind.UPDATE, update, task_id=self.correlation_id).delivered()
+
+
+class ValidationJob(Job):
+    """Measure a model and send the figures."""
+
+    async def _perform(self) -> None:
+        self._resources.callbacks.prepared(self.request.type)
+        self._say(f"Validation of model {self.request.model_id} started.", pb.LogLevel.INFO)
+        with await self._download() as model:
+            metrics = await self._execute(model)
+        if not isinstance(metrics, dict):
+            raise JobFailedError("the task's process sent no dict of metrics")
+        validation = pb.ModelValidation(
+            client_id=self._resources.client_id,
+            model_id=self.request.model_id,
+            data=json_text(metrics, "metrics"),
+            correlation_id=self.correlation_id,
+            timestamp=messages.now(),
+            session_id=self.request.session_id,
+        )
+        self._require_not_aborted()
+        self.phase = Phase.REPORTING
+        outbox = self._resources.outbox
+        await outbox.put(MessageKind.VALIDATION, validation, task_id=self.correlation_id).delivered()
+        self._say("Model validation completed.", pb.LogLevel.AUDIT)
+
+
+class CustomJob(Job):
+    """Run a custom callback; what it returns is the report's response."""
+
+    async def _perform(self) -> Any:
+        self._resources.callbacks.prepared(self.request.type)
+        parameters = messages.task_data(self.request, "parameters")
+        result = await self._execute(parameters)
+        json_text(result, "a result")
+        self._require_not_aborted()
+        return result
+
+
+def _update(value: Any) -> tuple[ScaleoutModel, dict[str, Any]]:
+    """Check again what the child's own check let pass: a task's process is not to be trusted."""
+    if isinstance(value, tuple | list) and len(value) == 2:
+        model, meta = value
+        if isinstance(model, ScaleoutModel) and isinstance(meta, dict):
+            return model, meta
+    raise JobFailedError("the task's process sent something else than a model and its metadata")
+
+
+class _Stopwatch:
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def lap(self) -> float:
+        """Return the seconds since the start or the last lap."""
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        return seconds

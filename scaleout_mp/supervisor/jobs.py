@@ -1,0 +1,275 @@
+"""One task of the server's, from its delivery to the one report of its end."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import dataclasses
+import enum
+import json
+import logging
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from scaleout_mp.client.calls import RequestInfo
+from scaleout_mp.errors import ScaleoutError
+from scaleout_mp.supervisor import messages
+from scaleout_mp.supervisor.taskbook import TaskStatus
+from scaleout_mp.task import AbortOrigin, EndReason, MetricRecord
+from scaleout_mp.transport.outbox import MessageKind
+from scaleout_mp.wire import edge_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from scaleout_mp.config import Settings
+    from scaleout_mp.executor import Execution, ExecutorCore
+    from scaleout_mp.model import ScaleoutModel
+    from scaleout_mp.supervisor.callbacks import CallbackTable
+    from scaleout_mp.task import ExitReport, Record
+    from scaleout_mp.transport.outbox import Outbox
+    from scaleout_mp.transport.transfer import ModelTransfer
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_INTERRUPTIONS = frozenset(
+    {EndReason.INTERRUPTED_BY_SERVER, EndReason.TIMED_OUT_BY_SERVER, EndReason.INTERRUPTED_BY_CLIENT}
+)
+
+
+class Phase(enum.StrEnum):
+    """What a job is at, for people."""
+
+    #: Waiting for its turn.
+    PENDING = "pending"
+    DOWNLOADING = "downloading"
+    RUNNING = "running"
+    UPLOADING = "uploading"
+    #: What it logged and its result are on their way.
+    REPORTING = "reporting"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobResources:
+    """What every job works with. Made once, by the service."""
+
+    client_id: str
+    settings: Settings
+    core: ExecutorCore
+    callbacks: CallbackTable
+    transfer: ModelTransfer
+    outbox: Outbox
+    #: Jobs that may be past PENDING at once.
+    slots: asyncio.Semaphore
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a job ended, as the server hears it."""
+
+    status: TaskStatus
+    #: JSON; empty for none.
+    response: str = ""
+    #: One line for the server's log; None: the job has said what there is to say.
+    line: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Abort:
+    origin: AbortOrigin
+    reason: str
+
+
+class _InterruptedError(Exception):
+    """The job was aborted between two awaits."""
+
+
+class _TaskEndedError(Exception):
+    """The task's process did not complete."""
+
+    def __init__(self, report: ExitReport) -> None:
+        super().__init__(report.message)
+        self.report = report
+
+
+class JobFailedError(ScaleoutError):
+    """The job cannot go on."""
+
+
+class Job(abc.ABC):
+    """One task. `run` never raises for what the task, the model or the network did: it returns an Ending."""
+
+    def __init__(self, request: pb.TaskRequest, resources: JobResources, *, on_start: Callable[[], None]) -> None:
+        """Call `on_start` when the job's turn has come."""
+        self.request = request
+        self.phase = Phase.PENDING
+        self.last_metric: MetricRecord | None = None
+        self.execution: Execution | None = None
+        self._resources = resources
+        self._on_start = on_start
+        self._aborted: asyncio.Future[_Abort] = asyncio.get_running_loop().create_future()
+
+    @property
+    def correlation_id(self) -> str:
+        """The id under which the server knows the task."""
+        return self.request.correlation_id
+
+    def abort(self, origin: AbortOrigin, reason: str) -> None:
+        """Ask the job to end, in whatever phase it is. Further calls change nothing."""
+        if self._aborted.done():
+            return
+        logger.info(
+            "task %s: %s while %s",
+            self.correlation_id,
+            reason,
+            self.phase,
+            extra={"action": "task_aborted", "task_id": self.correlation_id, "origin": origin.value},
+        )
+        self._aborted.set_result(_Abort(origin=origin, reason=reason))
+        if self.execution is not None:
+            self.execution.abort(origin, reason)
+
+    async def run(self) -> Ending:
+        """Do the job, and return once all that it logged has reached the server."""
+        ending = await self._ending()
+        self.phase = Phase.REPORTING
+        if ending.line is not None:
+            level = pb.LogLevel.ERROR if ending.status is TaskStatus.FAILED else pb.LogLevel.WARNING
+            self._say(ending.line, level)
+        await self._resources.outbox.flush(self.correlation_id)
+        return ending
+
+    async def _ending(self) -> Ending:
+        try:
+            await self._phase(self._resources.slots.acquire())
+            try:
+                self._on_start()
+                return Ending(status=TaskStatus.COMPLETED, response=messages.as_json(await self._perform()))
+            finally:
+                self._resources.slots.release()
+        except _InterruptedError:
+            return self._interrupted(self._aborted.result().reason)
+        except _TaskEndedError as ended:
+            return self._ended_badly(ended.report)
+        except ScaleoutError as error:
+            return self._failed(str(error))
+        except Exception as error:
+            # Whatever is wrong here, the server gets its one report, and the other tasks go on.
+            logger.exception(
+                "task %s failed in the client itself",
+                self.correlation_id,
+                extra={"action": "job_bug", "task_id": self.correlation_id},
+            )
+            return self._failed(f"internal error of the client: {type(error).__name__}: {error}")
+
+    @abc.abstractmethod
+    async def _perform(self) -> Any:
+        """Do the work of this kind of task and return the report's response."""
+
+    # What the kinds of job are made of
+
+    async def _phase(self, work: Awaitable[T], phase: Phase | None = None) -> T:
+        """Await `work` unless the job is aborted first; then cancel it and raise _InterruptedError."""
+        task = asyncio.ensure_future(work)
+        if phase is not None:
+            self.phase = phase
+        try:
+            either: list[asyncio.Future[Any]] = [task, self._aborted]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                task.cancel()
+                await asyncio.wait([task])
+        finally:
+            task.cancel()
+        if task.cancelled():
+            raise _InterruptedError
+        return task.result()
+
+    def _require_not_aborted(self) -> None:
+        if self._aborted.done():
+            raise _InterruptedError
+
+    async def _download(self) -> ScaleoutModel:
+        if not self.request.model_id:
+            raise JobFailedError("the server sent a task without a model id")
+        self._require_not_aborted()
+        return await self._phase(self._resources.transfer.download(self.request.model_id), Phase.DOWNLOADING)
+
+    async def _execute(self, *args: Any) -> Any:
+        """Run the callback in a process of its own and return its value."""
+        self._require_not_aborted()
+        self.phase = Phase.RUNNING
+        callbacks = self._resources.callbacks
+        self.execution = self._resources.core.submit(
+            callbacks.prepared(self.request.type),
+            *args,
+            self._request_info(),
+            task_id=self.correlation_id,
+            name=callbacks.name(self.request.type),
+            on_record=self._on_record,
+        )
+        outcome = await self.execution.outcome()
+        if not outcome.report.completed:
+            raise _TaskEndedError(outcome.report)
+        return outcome.value
+
+    def _request_info(self) -> RequestInfo:
+        request = self.request
+        return RequestInfo(
+            type=request.type,
+            correlation_id=request.correlation_id,
+            model_id=request.model_id,
+            round_id=request.round_id,
+            session_id=request.session_id,
+        )
+
+    def _on_record(self, record: Record) -> None:
+        if isinstance(record, MetricRecord):
+            self.last_metric = record
+        message = messages.record_message(self._resources.client_id, record, task=self.request)
+        if message is not None:
+            self._resources.outbox.put(*message, task_id=self.correlation_id)
+
+    def _say(self, text: str, level: pb.LogLevel) -> None:
+        """Send a status message, behind all that the task has sent so far."""
+        if self._resources.settings.report_status:
+            kind = messages.status_type(self.request.type)
+            status = messages.status(self._resources.client_id, text, level=level, type_=kind)
+            self._resources.outbox.put(MessageKind.STATUS, status, task_id=self.correlation_id)
+
+    # How it can end
+
+    def _ended_badly(self, report: ExitReport) -> Ending:
+        if report.reason in _INTERRUPTIONS:
+            reason = self._aborted.result().reason if self._aborted.done() else report.message
+            return self._interrupted(reason, line=report.explain())
+        response = messages.failure_response(report.message, reason=report.reason.value, report=report)
+        return Ending(status=TaskStatus.FAILED, response=json.dumps(response), line=report.explain())
+
+    def _failed(self, error: str) -> Ending:
+        response = messages.failure_response(error, reason=EndReason.FAILED.value)
+        logger.warning(
+            "task %s (%s) failed: %s",
+            self.correlation_id,
+            self.request.type,
+            response["error"],
+            extra={"action": "job_failed", "task_id": self.correlation_id},
+        )
+        line = f"task {self.request.type}: {response['error']}"
+        return Ending(status=TaskStatus.FAILED, response=json.dumps(response), line=line)
+
+    def _interrupted(self, reason: str, *, line: str | None = None) -> Ending:
+        return Ending(
+            status=TaskStatus.INTERRUPTED,
+            response=json.dumps({"msg": reason}),
+            line=line or f"task {self.request.type}: {reason} while {self.phase}",
+        )
+
+
+def json_text(value: Any, what: str) -> str:
+    """Return a value that a child sent as JSON. Raises JobFailedError when it is not JSON-serialisable."""
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise JobFailedError(f"the task sent {what} that JSON cannot carry: {error}") from error

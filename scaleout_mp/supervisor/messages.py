@@ -1,0 +1,143 @@
+"""The wire's messages, made from what the supervisor knows."""
+
+from __future__ import annotations
+
+import datetime as dt
+import enum
+import json
+from typing import TYPE_CHECKING, Any, Final
+
+from scaleout_mp.errors import ConfigError
+from scaleout_mp.task import AttributesRecord, MetricRecord, Record, TelemetryRecord
+from scaleout_mp.transport.outbox import MessageKind
+from scaleout_mp.wire import edge_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from google.protobuf.message import Message
+
+    from scaleout_mp.task import ExitReport, RecordContext
+
+#: Lines of a traceback, and characters of each output stream, that go to the server.
+_TRACEBACK_LINES: Final = 20
+_OUTPUT_TAIL: Final = 2_000
+
+
+class TaskType(enum.StrEnum):
+    """The task types that this client takes; custom ones are `CUSTOM_PREFIX` and a name."""
+
+    MODEL_UPDATE = "Scaleout_ModelUpdate"
+    VALIDATION = "Scaleout_Validation"
+
+
+CUSTOM_PREFIX: Final = "Custom_"
+
+#: The `type` of status messages, by task type; all others go under their own name.
+_STATUS_TYPES: Final = {TaskType.MODEL_UPDATE: "MODEL_UPDATE", TaskType.VALIDATION: "MODEL_VALIDATION"}
+
+
+def status_type(task_type: str) -> str:
+    """Return the `type` under which the status messages of a task go."""
+    return next((value for key, value in _STATUS_TYPES.items() if key == task_type), task_type)
+
+
+def moment(timestamp: float) -> dt.datetime:
+    """Return seconds since the epoch as what protobuf takes for a Timestamp."""
+    return dt.datetime.fromtimestamp(timestamp, tz=dt.UTC)
+
+
+def now() -> dt.datetime:
+    """Return the present as what protobuf takes for a Timestamp."""
+    return dt.datetime.now(tz=dt.UTC)
+
+
+def status(client_id: str, text: str, *, level: pb.LogLevel, type_: str) -> pb.Status:
+    """Return a status message."""
+    return pb.Status(client_id=client_id, status=text, log_level=level, timestamp=now(), type=type_)
+
+
+def record_message(
+    client_id: str, record: Record, *, task: pb.TaskRequest | None = None
+) -> tuple[MessageKind, Message] | None:
+    """Return kind and message for what a task logged; None for what does not go to the server.
+
+    Ids that the record does not name come from the task's request.
+    """
+    if isinstance(record, MetricRecord):
+        return MessageKind.METRIC, metric(client_id, record, task)
+    if isinstance(record, AttributesRecord):
+        attributes = [pb.AttributeElem(key=key, value=value) for key, value in record.attributes.items()]
+        return MessageKind.ATTRIBUTES, pb.AttributeMessage(
+            client_id=client_id, attributes=attributes, timestamp=moment(record.timestamp)
+        )
+    if isinstance(record, TelemetryRecord):
+        values = [pb.TelemetryElem(key=key, value=value) for key, value in record.telemetry.items()]
+        return MessageKind.TELEMETRY, pb.TelemetryMessage(
+            client_id=client_id, telemetries=values, timestamp=moment(record.timestamp)
+        )
+    return None
+
+
+def metric(client_id: str, record: MetricRecord, task: pb.TaskRequest | None) -> pb.ModelMetric:
+    """Return the message for one step's metrics."""
+    message = pb.ModelMetric(
+        client_id=client_id,
+        metrics=[pb.MetricElem(key=key, value=value) for key, value in record.metrics.items()],
+        timestamp=moment(record.timestamp),
+        model_id=_id("model_id", record.context, task),
+        round_id=_id("round_id", record.context, task),
+        session_id=_id("session_id", record.context, task),
+    )
+    if record.step is not None:
+        message.step.value = record.step
+    return message
+
+
+def _id(field: str, context: RecordContext | None, task: pb.TaskRequest | None) -> str:
+    own = None if context is None else getattr(context, field)
+    if own is not None:
+        return str(own)
+    return "" if task is None else str(getattr(task, field))
+
+
+def task_data(request: pb.TaskRequest, field: str) -> dict[str, Any]:
+    """Return an object out of the request's JSON; empty when the request has none.
+
+    Raises ConfigError in one line when the server sent something else.
+    """
+    if not request.data:
+        return {}
+    try:
+        data = json.loads(request.data)
+    except ValueError as error:
+        raise ConfigError(f"the server sent task data that is not JSON: {error}") from error
+    found = data.get(field) if isinstance(data, dict) else data
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise ConfigError(f"the server sent task data whose {field} is {type(found).__name__}, not an object")
+    return found
+
+
+def compact_report(report: ExitReport) -> dict[str, Any]:
+    """Return the report as the server gets it: what is known, with long texts cut to their ends."""
+    fields = report.to_dict()
+    if report.traceback:
+        fields["traceback"] = "\n".join(report.traceback.rstrip().splitlines()[-_TRACEBACK_LINES:])
+    for stream in ("stdout_tail", "stderr_tail"):
+        fields[stream] = fields[stream][-_OUTPUT_TAIL:]
+    return {key: value for key, value in fields.items() if value not in (None, "", [])}
+
+
+def failure_response(error: str, *, reason: str, report: ExitReport | None = None) -> dict[str, Any]:
+    """Return the `response` of a FAILED report."""
+    response: dict[str, Any] = {"error": " ".join(error.split()), "reason": reason}
+    if report is not None:
+        response["report"] = compact_report(report)
+    return response
+
+
+def as_json(response: Mapping[str, Any] | Any) -> str:
+    """Return a report's `response`; nothing is the empty string."""
+    return "" if response is None or response == {} else json.dumps(response)

@@ -1,0 +1,86 @@
+"""Where tasks come from: the poll/report loop, or the task stream."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from scaleout_mp.errors import CallError, TransportError
+from scaleout_mp.supervisor.rhythm import keep_calling
+from scaleout_mp.wire import edge_pb2 as pb
+from scaleout_mp.wire import methods
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from scaleout_mp.supervisor.taskbook import TaskBook
+    from scaleout_mp.transport.calls import CombinerCalls
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that a poll may take at least before it counts as lost.
+_POLL_TIMEOUT = 10.0
+
+
+class Poller:
+    """Reports what is held and takes what comes, at the server's rhythm.
+
+    It awaits nothing but the call itself, so no download, upload or task can delay a poll.
+    """
+
+    def __init__(
+        self,
+        calls: CombinerCalls,
+        book: TaskBook,
+        *,
+        client_id: str,
+        interval: float,
+        on_request: Callable[[pb.TaskRequest], None],
+    ) -> None:
+        self._calls = calls
+        self._book = book
+        self._client_id = client_id
+        self._interval = interval
+        self._on_request = on_request
+
+    async def run(self) -> None:
+        """Poll every interval, for ever."""
+        await keep_calling("polling", self._interval, self.poll, self._calls)
+
+    async def poll(self) -> None:
+        """Send one report and take the directive. Raises TransportError."""
+        reports = self._book.reports(self._client_id)
+        report = pb.ClientReport(client_id=self._client_id, reports=reports)
+        directive = await self._calls.poll(report, within=max(_POLL_TIMEOUT, self._interval))
+        self._book.accepted(reports)
+        for request in directive.tasks:
+            self._on_request(request)
+
+    async def report_ends(self) -> None:
+        """Poll until the server has heard of every end. Runs until cancelled while it does not answer."""
+        while self._book.unreported:
+            await self._calls.retried("the final report", self.poll, attempts=None)
+
+
+async def follow_task_stream(
+    calls: CombinerCalls, *, client_id: str, on_request: Callable[[pb.TaskRequest], None]
+) -> None:
+    """Take tasks from the server's stream, for ever; a stream that ends or breaks is opened anew."""
+    failures = 0
+    while True:
+        error: TransportError | None = None
+        try:
+            async for request in calls.stream(methods.TASK_STREAM, pb.ClientAvailableMessage(client_id=client_id)):
+                failures = 0
+                on_request(request)
+        except CallError as broken:
+            if broken.code == "UNIMPLEMENTED":
+                raise
+            error = broken
+        except TransportError as refused:
+            error = refused
+        failures += 1
+        wait = calls.delay(failures)
+        calls.link.failed("the task stream", error or TransportError("the server ended it"), wait)
+        await asyncio.sleep(wait)

@@ -1,0 +1,337 @@
+"""GrpcEdgeClientRuntime: what connects an EdgeClient to a network, as blocking code sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from scaleout_mp.config import Limits, Settings
+from scaleout_mp.errors import ConfigError, NotConnectedError, ScaleoutError
+from scaleout_mp.executor.core import default_concurrency
+from scaleout_mp.supervisor import connecting, messages
+from scaleout_mp.supervisor.blocking import run_blocking
+from scaleout_mp.supervisor.service import ABORTED_BY_CLIENT, ClientService, ServicePlan
+from scaleout_mp.supervisor.snapshot import ClientSnapshot
+from scaleout_mp.task import (
+    AbortOrigin,
+    AttributesRecord,
+    MetricRecord,
+    Record,
+    RecordContext,
+    TelemetryRecord,
+)
+from scaleout_mp.transport.backoff import Backoff
+from scaleout_mp.transport.calls import CombinerCalls
+from scaleout_mp.transport.channel import CallCredentials, open_channel
+from scaleout_mp.transport.link import LinkWatch
+from scaleout_mp.transport.rest import Assignment, AssignmentAnswer, request_assignment
+from scaleout_mp.transport.tokens import token_source
+from scaleout_mp.transport.transfer import ModelTransfer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from google.protobuf.message import Message
+
+    from scaleout_mp.client import ConnectToApiResult, EdgeClient, GrpcConnectionOptions
+    from scaleout_mp.model import ScaleoutModel
+    from scaleout_mp.transport.outbox import MessageKind
+    from scaleout_mp.transport.tokens import TokenSource
+
+logger = logging.getLogger(__name__)
+
+#: What a program may log before `run`; more is refused.
+_MAX_EARLY: Final = 10_000
+
+
+class GrpcEdgeClientRuntime:
+    """Connects a client over REST and gRPC and runs its tasks in processes of their own.
+
+    `connect_to_api`, `init_grpchandler` and `run` block. `stop`, `abort_task`, `snapshot` and the `send_`
+    methods may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        client: EdgeClient | None = None,
+        *,
+        limits: Limits | None = None,
+        start_method: Literal["template", "spawn"] = "template",
+        settings: Settings | None = None,
+        max_concurrent_tasks: int | None = None,
+        heartbeat_interval: float = 2.0,
+        echo_output: bool = True,
+    ) -> None:
+        """Read what is not given from the environment.
+
+        `limits` bound each task. `max_concurrent_tasks`: as many as there are processors, at least four.
+        `heartbeat_interval` is in seconds. `echo_output` shows what tasks print.
+        """
+        if not heartbeat_interval > 0:
+            raise ConfigError(f"heartbeat_interval must be above 0 seconds, not {heartbeat_interval!r}")
+        self.settings = settings or Settings.from_environ()
+        self.limits = limits or Limits()
+        self._client = client
+        self._start_method: Literal["template", "spawn"] = start_method
+        self._max_concurrent_tasks = max_concurrent_tasks or default_concurrency()
+        self._heartbeat_interval = heartbeat_interval
+        self._echo_output = echo_output
+        self._options: GrpcConnectionOptions | None = None
+        self._tokens: tuple[str, TokenSource] | None = None
+        # Guards what other threads touch while `run` comes and goes.
+        self._lock = threading.Lock()
+        self._running = False
+        self._stop_asked = False
+        self._at_work: tuple[asyncio.AbstractEventLoop, ClientService] | None = None
+        self._early: list[tuple[MessageKind, Message]] = []
+
+    def set_client(self, client: EdgeClient) -> None:
+        """Serve this client. Called by EdgeClient when it gets this runtime."""
+        self._client = client
+
+    @property
+    def client(self) -> EdgeClient:
+        """The client that is served."""
+        if self._client is None:
+            raise ConfigError("this runtime has no client: pass it to EdgeClient(runtime=...)")
+        return self._client
+
+    # Connecting
+
+    def _token_source(
+        self, token: str | None, url: str | None, on_refresh: Callable[..., None] | None
+    ) -> TokenSource | None:
+        # The source of a token that was given before is kept: its refresh token may have been rotated since.
+        if token and (self._tokens is None or self._tokens[0] != token):
+            source = token_source(token, url, settings=self.settings, on_refresh=on_refresh)
+            self._tokens = token, source
+        return None if self._tokens is None else self._tokens[1]
+
+    def connect_to_api(
+        self,
+        url: str,
+        json: dict[str, Any] | None = None,
+        token: str | None = None,
+        token_refresh_callback: Callable[..., None] | None = None,
+    ) -> tuple[ConnectToApiResult, Any]:
+        """Ask the REST API for a combiner; see EdgeClient."""
+        payload = connecting.assignment_payload(self.client, json, self.settings)
+        try:
+            tokens = self._token_source(token, url, token_refresh_callback)
+            answer = request_assignment(url, payload, settings=self.settings, tokens=tokens)
+        except ConfigError as error:
+            answer = AssignmentAnswer(outcome=Assignment.WRONG_URL, message=str(error))
+        except ScaleoutError as error:
+            answer = AssignmentAnswer(outcome=Assignment.UNAUTHORIZED, message=str(error))
+        return connecting.read_assignment(answer, payload, self.client)
+
+    def init_grpchandler(
+        self,
+        config: GrpcConnectionOptions,
+        token: str | None = None,
+        url: str | None = None,
+        token_refresh_callback: Callable[..., None] | None = None,
+    ) -> bool:
+        """Keep where the combiner is and ask it whether it takes this client; see EdgeClient."""
+        try:
+            self._token_source(token, url, token_refresh_callback)
+            self._options = config
+            if self.settings.check_version:
+                run_blocking(self._check_version)
+        except ScaleoutError as error:
+            self._options = None
+            tls = "on" if self._secure(config) else "off"
+            logger.error(  # noqa: TRY400 - the line says it all
+                "cannot use the combiner at %s:%s (TLS %s): %s",
+                config.host,
+                config.port,
+                tls,
+                error,
+                extra={"action": "init_failed"},
+            )
+            return False
+        return True
+
+    async def _check_version(self) -> None:
+        # Somebody waits at a terminal: each failed try is said.
+        calls = self._open_calls(backoff=Backoff(), link=LinkWatch(repeat_level=logging.WARNING))
+        try:
+            await connecting.check_version(
+                calls, client_id=self.client.client_id or "", version=self.settings.client_version
+            )
+        finally:
+            await calls.aclose()
+
+    def _secure(self, options: GrpcConnectionOptions) -> bool:
+        if self.settings.grpc_secure is not None:
+            return self.settings.grpc_secure
+        return True if options.grpc_secure is None else options.grpc_secure
+
+    def _open_calls(self, *, backoff: Backoff | None = None, link: LinkWatch | None = None) -> CombinerCalls:
+        """Open a channel on the running loop."""
+        options = self._require_options()
+        channel = open_channel(
+            options.host,
+            options.port,
+            secure=self._secure(options),
+            root_cert_path=self.settings.grpc_root_cert_path,
+        )
+        credentials = CallCredentials(
+            client_id=self.client.client_id or "",
+            name=self.client.name or self.client.client_id or "",
+            tokens=None if self._tokens is None else self._tokens[1],
+            scheme=self.settings.auth_scheme,
+        )
+        return CombinerCalls(channel, credentials, backoff=backoff, link=link)
+
+    def _require_options(self) -> GrpcConnectionOptions:
+        if self._options is None:
+            raise NotConnectedError
+        return self._options
+
+    def get_access_token(self) -> str | None:
+        """Return the access token that is in use, refreshed where needed; None without one."""
+        return None if self._tokens is None else self._tokens[1].access_token()
+
+    # Running
+
+    def run(self, with_heartbeat: bool = False, with_polling: bool = True) -> None:
+        """Serve tasks until SIGTERM, Ctrl-C or `stop`; returns once every task is gone and reported.
+
+        Without polling, tasks come by the server's task stream, and ends are only told by status messages.
+        Raises NotConnectedError before `init_grpchandler`, ConfigError when no callback is registered,
+        CallbackNotSendable, and AuthenticationError when the combiner refuses the client at the start.
+        """
+        self._require_options()
+        client = self.client
+        if not client.client_id:
+            raise ConfigError("the client has no id: call connect_to_api or set_client_id before run")
+        plan = ServicePlan(
+            client_id=client.client_id,
+            name=client.name or client.client_id,
+            settings=self.settings,
+            limits=self.limits,
+            start_method=self._start_method,
+            max_concurrent_tasks=self._max_concurrent_tasks,
+            heartbeat_interval=self._heartbeat_interval,
+            echo_output=self._echo_output,
+            with_heartbeat=with_heartbeat,
+            with_polling=with_polling,
+        )
+        with self._lock:
+            if self._running:
+                raise RuntimeError("this client runs already")
+            self._running = True
+        try:
+            run_blocking(lambda: self._main(plan, client), on_interrupt=self._interrupt)
+        finally:
+            with self._lock:
+                self._running = self._stop_asked = False
+
+    async def _main(self, plan: ServicePlan, client: EdgeClient) -> None:
+        service = ClientService(plan, client, self._open_calls())
+        with self._lock:
+            self._at_work = asyncio.get_running_loop(), service
+            early, self._early = self._early, []
+            if self._stop_asked:
+                service.stop()
+        try:
+            await service.run(early)
+        finally:
+            with self._lock:
+                self._at_work = None
+
+    def _on_loop(self, act: Callable[[ClientService], object]) -> bool:
+        """Have the service do something on its loop; False when none is at work."""
+        with self._lock:
+            if self._at_work is None:
+                return False
+            loop, service = self._at_work
+            loop.call_soon_threadsafe(act, service)
+            return True
+
+    def stop(self) -> None:
+        """End `run` like SIGTERM does; a second call ends it at once. Does nothing when it does not run."""
+        if not self._on_loop(ClientService.stop):
+            with self._lock:
+                self._stop_asked = self._running
+
+    def _interrupt(self) -> None:
+        self._on_loop(lambda service: service.on_signal(signal.SIGINT))
+
+    def abort_task(self, correlation_id: str, reason: str = ABORTED_BY_CLIENT) -> bool:
+        """Ask one task to end; False when the client does not run. The server hears INTERRUPTED."""
+        return self._on_loop(lambda service: service.abort_task(correlation_id, AbortOrigin.CLIENT, reason))
+
+    def snapshot(self) -> ClientSnapshot:
+        """Return what is to be seen of the client now; without tasks when it does not run."""
+        with self._lock:
+            at_work = self._at_work
+        if at_work is not None:
+            return at_work[1].snapshot()
+        return ClientSnapshot(
+            name=self.client.name or "",
+            client_id=self.client.client_id or "",
+            connected=False,
+            pending_messages=len(self._early),
+        )
+
+    # What the program logs outside any task
+
+    def send_metric(
+        self,
+        metrics: Mapping[str, float],
+        model_id: str | None,
+        step: int | None,
+        round_id: str | None,
+        session_id: str | None,
+    ) -> bool:
+        """Send metrics; False, said in the log, when the client is not connected."""
+        context = RecordContext(model_id=model_id, round_id=round_id, session_id=session_id)
+        return self._send(MetricRecord(metrics=metrics, step=step, timestamp=time.time(), context=context))
+
+    def send_attributes(self, attributes: Mapping[str, str]) -> bool:
+        """Send attributes; False, said in the log, when the client is not connected."""
+        return self._send(AttributesRecord(attributes=attributes, timestamp=time.time()))
+
+    def send_telemetry(self, telemetry: Mapping[str, float]) -> bool:
+        """Send telemetry; False, said in the log, when the client is not connected."""
+        return self._send(TelemetryRecord(telemetry=telemetry, timestamp=time.time()))
+
+    def _send(self, record: Record) -> bool:
+        message = messages.record_message(self.client.client_id or "", record)
+        assert message is not None
+        if self._on_loop(lambda service: service.put(*message)):
+            return True
+        with self._lock:
+            if self._options is not None and len(self._early) < _MAX_EARLY:
+                self._early.append(message)
+                return True
+        logger.error(
+            "nothing is logged: %s",
+            "the client is not connected" if self._options is None else "too much waits for run",
+            extra={"action": "log_refused"},
+        )
+        return False
+
+    def check_task_abort(self) -> None:
+        """Do nothing: no task runs in this process."""
+
+    def get_model_from_combiner(self, model_id: str) -> ScaleoutModel:
+        """Download a model; blocks.
+
+        Raises NotConnectedError, ModelNotFoundError, ModelTransferError and CallError.
+        """
+        return run_blocking(lambda: self._download(model_id))
+
+    async def _download(self, model_id: str) -> ScaleoutModel:
+        # On a channel of its own, for the loop of `run` may not exist yet, or not any more.
+        calls = self._open_calls()
+        try:
+            return await ModelTransfer(calls).download(model_id)
+        finally:
+            await calls.aclose()

@@ -1,0 +1,312 @@
+"""The client at work: ties executor, combiner, tasks and signals together on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import signal
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from scaleout_mp.errors import TransportError
+from scaleout_mp.executor import ExecutorCore
+from scaleout_mp.supervisor import messages, vitals
+from scaleout_mp.supervisor.callbacks import CallbackTable
+from scaleout_mp.supervisor.job_kinds import make_job
+from scaleout_mp.supervisor.jobs import Job, JobResources
+from scaleout_mp.supervisor.polling import Poller, follow_task_stream
+from scaleout_mp.supervisor.shutdown import SECOND_CTRL_C, SignalReader, StopAction, signals_to
+from scaleout_mp.supervisor.snapshot import ClientSnapshot, task_snapshot
+from scaleout_mp.supervisor.taskbook import (
+    ABORTED_BY_SERVER,
+    TIMED_OUT_BY_SERVER,
+    TaskBook,
+    TaskStatus,
+    Verdict,
+)
+from scaleout_mp.task import AbortOrigin
+from scaleout_mp.transport.outbox import Outbox
+from scaleout_mp.transport.transfer import ModelTransfer
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from google.protobuf.message import Message
+
+    from scaleout_mp.client import EdgeClient
+    from scaleout_mp.config import Limits, Settings
+    from scaleout_mp.transport.calls import CombinerCalls
+    from scaleout_mp.transport.outbox import MessageKind
+    from scaleout_mp.wire import edge_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+#: Seconds, on top of the tasks' grace, that aborted tasks get until they are gone and reported.
+_ABORT_MARGIN: Final = 5.0
+#: Seconds for the final report, for what waits in the outbox, and for the goodbye.
+_FINAL_REPORT: Final = 5.0
+_DRAIN: Final = 5.0
+_GOODBYE: Final = 2.0
+
+ENDING: Final = "Aborted by client: the client is shutting down"
+ABORTED_BY_CLIENT: Final = "Aborted by client"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServicePlan:
+    """How a client works."""
+
+    client_id: str
+    name: str
+    settings: Settings
+    limits: Limits
+    start_method: Literal["template", "spawn"]
+    max_concurrent_tasks: int
+    heartbeat_interval: float
+    echo_output: bool
+    with_heartbeat: bool
+    with_polling: bool
+
+
+class ClientService:
+    """One run of a client. Every method is called on the loop that `run` runs on, unless it says otherwise."""
+
+    def __init__(self, plan: ServicePlan, client: EdgeClient, calls: CombinerCalls) -> None:
+        """Serve `client` over `calls`, which become the service's own."""
+        self._plan = plan
+        self._calls = calls
+        self._loop = asyncio.get_running_loop()
+        self._core = ExecutorCore(
+            limits=plan.limits,
+            start_method=plan.start_method,
+            max_concurrent_tasks=plan.max_concurrent_tasks,
+            echo_output=plan.echo_output,
+        )
+        self._outbox = Outbox(calls)
+        self._resources = JobResources(
+            client_id=plan.client_id,
+            settings=plan.settings,
+            core=self._core,
+            callbacks=CallbackTable(client, self._core.prepare),
+            transfer=ModelTransfer(calls),
+            outbox=self._outbox,
+            slots=asyncio.Semaphore(plan.max_concurrent_tasks),
+        )
+        self._signals = SignalReader()
+        self._book = TaskBook()
+        self._jobs: dict[str, tuple[Job, asyncio.Task[None]]] = {}
+        self._end: asyncio.Future[None] = self._loop.create_future()
+        self._end_now: asyncio.Future[None] = self._loop.create_future()
+
+    # The run
+
+    async def run(self, early: list[tuple[MessageKind, Message]]) -> None:
+        """Serve tasks until told to end; `early` is what the program logged before.
+
+        Raises ConfigError and CallbackNotSendable, before anything is connected, when no task could be
+        served.
+        """
+        with signals_to(self.on_signal):
+            try:
+                self._resources.callbacks.require_any()
+                self._resources.callbacks.prepare_all()
+                await self._core.start()
+                for kind, message in early:
+                    self._outbox.put(kind, message)
+                await self._serve()
+                await self._unless_now(self._leave())
+            finally:
+                await self._clean_up()
+
+    async def _serve(self) -> None:
+        """Work until told to end. Raises what ended a loop that should not have."""
+        work = [asyncio.create_task(self._take_tasks(), name="tasks")]
+        if self._plan.with_heartbeat:
+            beat = vitals.send_heartbeats(
+                self._calls, client_id=self._plan.client_id, interval=self._plan.heartbeat_interval
+            )
+            work.append(asyncio.create_task(beat, name="heartbeat"))
+        if self._plan.settings.send_telemetry:
+            look = vitals.send_machine_telemetry(self._calls, self._outbox, client_id=self._plan.client_id)
+            work.append(asyncio.create_task(look, name="telemetry"))
+        try:
+            done, _ = await asyncio.wait([*work, self._end], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            await _cancelled(work)
+
+    async def _take_tasks(self) -> None:
+        plan = self._plan
+        if plan.settings.announce:
+            await self._calls.announce("Connect", client_id=plan.client_id, attempts=None)
+        logger.info(
+            "client %s is connected and waits for tasks; Ctrl-C ends it", plan.name, extra={"action": "connected"}
+        )
+        if plan.with_polling:
+            await self._poller().run()
+        else:
+            await follow_task_stream(self._calls, client_id=plan.client_id, on_request=self._on_request)
+
+    def _poller(self) -> Poller:
+        return Poller(
+            self._calls,
+            self._book,
+            client_id=self._plan.client_id,
+            interval=self._plan.settings.polling_interval,
+            on_request=self._on_request,
+        )
+
+    # Tasks
+
+    def _on_request(self, request: pb.TaskRequest) -> None:
+        correlation_id = request.correlation_id
+        if not correlation_id:
+            logger.warning("the server sent a task without an id; it is ignored", extra={"action": "task_no_id"})
+            return
+        verdict = self._book.receive(request)
+        if verdict is Verdict.START:
+            self._start(request)
+        elif verdict is Verdict.ABORT:
+            self.abort_task(correlation_id, AbortOrigin.SERVER, ABORTED_BY_SERVER)
+        elif verdict is Verdict.TIME_OUT:
+            self.abort_task(correlation_id, AbortOrigin.SERVER_TIMEOUT, TIMED_OUT_BY_SERVER)
+
+    def _start(self, request: pb.TaskRequest) -> None:
+        correlation_id = request.correlation_id
+        logger.info(
+            "task %s of type %s came",
+            correlation_id,
+            request.type,
+            extra={"action": "task_received", "task_id": correlation_id, "task_type": request.type},
+        )
+        job = make_job(request, self._resources, on_start=lambda: self._book.run(correlation_id))
+        self._jobs[correlation_id] = job, self._loop.create_task(self._see_through(job), name=correlation_id)
+        if self._signals.ending:
+            job.abort(AbortOrigin.CLIENT, ENDING)
+
+    async def _see_through(self, job: Job) -> None:
+        try:
+            ending = await job.run()
+            self._book.finish(job.correlation_id, ending.status, ending.response)
+        except asyncio.CancelledError:
+            # The client ends before what the task logged could be sent; its end may still be reported.
+            self._book.finish(job.correlation_id, TaskStatus.INTERRUPTED, messages.as_json({"msg": ENDING}))
+            raise
+        finally:
+            del self._jobs[job.correlation_id]
+            if not self._plan.with_polling:
+                self._book.drop_finished()
+
+    # Control
+
+    def abort_task(self, correlation_id: str, origin: AbortOrigin, reason: str) -> bool:
+        """Ask one task to end; return whether there is such a task."""
+        found = self._jobs.get(correlation_id)
+        if found is None:
+            return False
+        found[0].abort(origin, reason)
+        return True
+
+    def stop(self) -> None:
+        """End like SIGTERM does."""
+        self._act(self._signals.terminate())
+
+    def put(self, kind: MessageKind, message: Message) -> None:
+        """Send something that the program logged outside any task."""
+        self._outbox.put(kind, message)
+
+    def snapshot(self) -> ClientSnapshot:
+        """Return what is to be seen now. Safe to call from any thread: it only reads."""
+        return ClientSnapshot(
+            name=self._plan.name,
+            client_id=self._plan.client_id,
+            connected=not self._calls.link.down,
+            pending_messages=self._outbox.counts.pending,
+            tasks=tuple(task_snapshot(job) for job, _ in list(self._jobs.values())),
+        )
+
+    def on_signal(self, number: int) -> None:
+        """Read SIGINT or SIGTERM."""
+        if number == signal.SIGINT:
+            self._act(self._signals.interrupt(self._loop.time(), tasks=len(self._jobs)))
+        else:
+            self._act(self._signals.terminate())
+
+    def _act(self, action: StopAction) -> None:
+        logger.debug("stop: %s", action.value, extra={"action": f"stop_{action.value}"})
+        if action is StopAction.ABORT_TASKS:
+            logger.warning(
+                "aborting %d running task(s); press Ctrl-C again within %.0f s to end the client",
+                len(self._jobs),
+                SECOND_CTRL_C,
+                extra={"action": "ctrl_c"},
+            )
+            self._abort_all(ABORTED_BY_CLIENT)
+        elif action is StopAction.END:
+            if not self._end.done():
+                self._end.set_result(None)
+        elif not self._end_now.done():
+            self._end_now.set_result(None)
+
+    def _abort_all(self, reason: str) -> None:
+        for job, _ in list(self._jobs.values()):
+            job.abort(AbortOrigin.CLIENT, reason)
+
+    # The end
+
+    async def _leave(self) -> None:
+        """Abort what runs, tell the server how all ended, say goodbye; each step has its time."""
+        logger.info("the client is shutting down", extra={"action": "shutting_down"})
+        self._abort_all(ENDING)
+        await self._finish_jobs(self._plan.limits.abort_grace + _ABORT_MARGIN)
+        if self._plan.with_polling and self._book.unreported:
+            await self._within(_FINAL_REPORT, self._poller().report_ends(), "the final report")
+        await self._outbox.drain(_DRAIN)
+        if self._plan.settings.announce:
+            goodbye = self._calls.announce("Disconnect", client_id=self._plan.client_id, attempts=None)
+            await self._within(_GOODBYE, goodbye, "the announcement of the disconnect")
+
+    async def _finish_jobs(self, within: float) -> None:
+        tasks = [task for _, task in self._jobs.values()]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=within)
+            await _cancelled(list(late))
+
+    @staticmethod
+    async def _within(seconds: float, work: Coroutine[Any, Any, Any], what: str) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await work
+        except (TransportError, TimeoutError) as error:
+            logger.warning(
+                "%s did not reach the combiner: %s",
+                what,
+                str(error) or f"no answer in {seconds:.0f} s",
+                extra={"action": "goodbye_lost"},
+            )
+
+    async def _unless_now(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        try:
+            await asyncio.wait([task, self._end_now], return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+        finally:
+            await _cancelled([task])
+
+    async def _clean_up(self) -> None:
+        self._abort_all(ENDING)
+        await _cancelled([task for _, task in self._jobs.values()])
+        await self._core.aclose()
+        await self._outbox.aclose()
+        await self._calls.aclose()
+
+
+async def _cancelled(tasks: list[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait until they are gone; what they raise by then is nobody's any more."""
+    for task in tasks:
+        task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.gather(*tasks, return_exceptions=True)

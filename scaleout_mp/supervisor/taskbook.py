@@ -1,0 +1,151 @@
+"""The book of tasks that the server gave us: what is held, what is reported, what was finished before.
+
+Pure: no clock, no tasks, no network.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+from typing import TYPE_CHECKING, Final
+
+from scaleout_mp.wire import edge_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+#: Finished tasks whose last report is remembered, so that a late second delivery does not run them again.
+REMEMBERED: Final = 1024
+
+ABORTED_BY_SERVER: Final = "Aborted by server"
+TIMED_OUT_BY_SERVER: Final = "Timed out by server"
+
+
+class TaskStatus(enum.StrEnum):
+    """The statuses of the wire that a client gives or obeys."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    INTERRUPTED = "INTERRUPTED"
+    TIMEOUT = "TIMEOUT"
+
+
+class Verdict(enum.Enum):
+    """What a task request from the server asks for."""
+
+    #: A task that was never seen: run it.
+    START = "start"
+    #: End a task that is held.
+    ABORT = "abort"
+    #: End a task that is held, for its time is up.
+    TIME_OUT = "time_out"
+    #: Nothing to do; if an answer is due, the next report has it.
+    NOTHING = "nothing"
+
+
+_STOPS: Final[Mapping[str, Verdict]] = {
+    TaskStatus.INTERRUPTED: Verdict.ABORT,
+    TaskStatus.TIMEOUT: Verdict.TIME_OUT,
+}
+
+
+@dataclasses.dataclass
+class HeldTask:
+    """A task that the server may still hear of."""
+
+    correlation_id: str
+    status: TaskStatus = TaskStatus.PENDING
+    #: JSON.
+    response: str = ""
+    done: bool = False
+
+
+class TaskBook:
+    """Every task from its delivery until its last report was accepted."""
+
+    def __init__(self, *, remembered: int = REMEMBERED) -> None:
+        self._held: dict[str, HeldTask] = {}
+        self._finished: collections.OrderedDict[str, HeldTask] = collections.OrderedDict()
+        self._remembered = remembered
+
+    @property
+    def unfinished(self) -> int:
+        """How many tasks are held that have not ended."""
+        return sum(not task.done for task in self._held.values())
+
+    @property
+    def unreported(self) -> int:
+        """How many ends the server has not heard of."""
+        return sum(task.done for task in self._held.values())
+
+    def status_of(self, correlation_id: str) -> TaskStatus | None:
+        """Return the status of a task that is held."""
+        task = self._held.get(correlation_id)
+        return None if task is None else task.status
+
+    def receive(self, request: pb.TaskRequest) -> Verdict:
+        """Take a request from a directive and say what it asks for."""
+        stop = _STOPS.get(request.status)
+        correlation_id = request.correlation_id
+        held = self._held.get(correlation_id)
+        if held is not None:
+            return Verdict.NOTHING if held.done or stop is None else stop
+        if stop is not None:
+            reason = ABORTED_BY_SERVER if stop is Verdict.ABORT else TIMED_OUT_BY_SERVER
+            self._held[correlation_id] = HeldTask(correlation_id)
+            self.finish(correlation_id, TaskStatus.INTERRUPTED, f'{{"msg": "{reason}"}}')
+            return Verdict.NOTHING
+        finished = self._finished.get(correlation_id)
+        if finished is not None:
+            # The server asks again for what it was told already: it is told the same again.
+            self._held[correlation_id] = finished
+            return Verdict.NOTHING
+        self._held[correlation_id] = HeldTask(correlation_id)
+        return Verdict.START
+
+    def run(self, correlation_id: str) -> None:
+        """Note that a task runs."""
+        self._held[correlation_id].status = TaskStatus.RUNNING
+
+    def finish(self, correlation_id: str, status: TaskStatus, response: str) -> None:
+        """Note how a task ended, once: a second end raises RuntimeError."""
+        task = self._held[correlation_id]
+        if task.done:
+            raise RuntimeError(f"task {correlation_id} ended as {task.status} and cannot end as {status}")
+        task.status, task.response, task.done = status, response, True
+
+    def reports(self, client_id: str) -> list[pb.ActivityReport]:
+        """Return a report for each task that is held."""
+        return [
+            pb.ActivityReport(
+                node_id=client_id,
+                correlation_id=task.correlation_id,
+                status=task.status,
+                done=task.done,
+                response=task.response,
+            )
+            for task in self._held.values()
+        ]
+
+    def accepted(self, reports: Iterable[pb.ActivityReport]) -> None:
+        """Forget the tasks whose end is in reports that the server took."""
+        for report in reports:
+            if report.done:
+                self._retire(report.correlation_id)
+
+    def drop_finished(self) -> None:
+        """Forget all ends: there is nobody to report them to."""
+        for correlation_id in [task.correlation_id for task in self._held.values() if task.done]:
+            self._retire(correlation_id)
+
+    def _retire(self, correlation_id: str) -> None:
+        task = self._held.pop(correlation_id, None)
+        if task is None:
+            return
+        self._finished[correlation_id] = task
+        self._finished.move_to_end(correlation_id)
+        while len(self._finished) > self._remembered:
+            self._finished.popitem(last=False)
