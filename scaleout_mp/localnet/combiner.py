@@ -102,7 +102,7 @@ class Combiner:
         if server is not None:
             await server.stop(_STOP_GRACE)
 
-    def _handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
+    def _handlers(self) -> tuple[grpc.GenericRpcHandler[Any, Any], ...]:
         services: dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]] = {}
         for method, behaviour in self._behaviours.items():
             services.setdefault(method.service, {})[method.name] = self._handler(method, behaviour)

@@ -227,7 +227,7 @@ class Round:
         tasks: Sequence[IssuedTask],
         result_of: Callable[[IssuedTask], Coroutine[Any, Any, T | None]],
         timeout: float,  # noqa: ASYNC109 - ends in results, not in an exception
-    ) -> AsyncGenerator[tuple[IssuedTask, T | None]]:
+    ) -> AsyncGenerator[tuple[IssuedTask, T | None], None]:
         """Yield each task with its result as it ends, and note every outcome.
 
         After `timeout` seconds what is left is told TIMEOUT, after an abort INTERRUPTED.
@@ -238,19 +238,21 @@ class Round:
         try:
             while pending and not aborted.done():
                 left = max(0.0, deadline - time.monotonic())
-                done, _ = await asyncio.wait({*pending, aborted}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                waiters: set[asyncio.Future[Any]] = {*pending, aborted}
+                done, _ = await asyncio.wait(waiters, timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     break
-                for waiter in done - {aborted}:
+                for waiter in [waiter for waiter in pending if waiter in done]:
                     task = pending.pop(waiter)
                     self._outcomes.append(task.ended.result())
                     yield task, waiter.result()
             for task in list(pending.values()):
                 self._give_up(task, "INTERRUPTED" if aborted.done() else "TIMEOUT")
         finally:
-            for waiter in (*pending, aborted):
-                waiter.cancel()
-            await asyncio.gather(*pending, aborted, return_exceptions=True)
+            left_over: list[asyncio.Future[Any]] = [*pending, aborted]
+            for future in left_over:
+                future.cancel()
+            await asyncio.gather(*left_over, return_exceptions=True)
 
     def _give_up(self, task: IssuedTask, status: str) -> None:
         self._parts.book.interrupt(task, status)

@@ -43,7 +43,7 @@ class Session:
         started = time.monotonic()
         plan = self._plan
         self._parts.log.emit(SessionStarted(session_id=plan.session_id, rounds=plan.rounds, model_id=self._model_id))
-        status, reason = RunStatus.ABORTED, "the network was stopped"
+        status, reason = RunStatus.ABORTED, "it was aborted"
         try:
             reason = await self._run_rounds()
             status = RunStatus.FAILED if reason else RunStatus.FINISHED

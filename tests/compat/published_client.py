@@ -1,0 +1,41 @@
+"""A client on the published package: run by the interpreter that has it, never imported by the tests.
+
+Arguments: API URL, client name, number of examples, token (may be empty).
+"""
+
+import sys
+
+import numpy as np
+from scaleout import EdgeClient
+from scaleout.client.edge_client import ConnectToApiResult
+from scaleoututil.helpers.helpers import get_helper
+from scaleoututil.utils.model import ScaleoutModel
+
+url, name, examples, token = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+helper = get_helper("numpyhelper")
+
+
+def train(model, settings):
+    arrays = model.get_training_model(helper)
+    for step in range(int(settings["steps"])):
+        arrays = [array + np.float32(settings["rate"]) for array in arrays]
+        client.log_metric({"weight": float(arrays[0].ravel()[0])}, step=step)
+    out = ScaleoutModel.from_training_model(arrays, helper)
+    return out, {"training_metadata": {"num_examples": examples}}
+
+
+def validate(model):
+    return {"weight": float(model.get_training_model(helper)[0].ravel()[0])}
+
+
+client = EdgeClient(train, validate)
+# Called again while the network starts up, as the published command line does.
+result, config = client.connect_to_api(
+    url, {"name": name, "package": "local", "client_id": f"id-{name}"}, token or None
+)
+if result is not ConnectToApiResult.Assigned:
+    sys.exit(f"not assigned: {result} {config}")
+if not client.init_grpchandler(config, token or None, url):
+    sys.exit("no combiner")
+client.log_attributes({"site": name})
+client.run(with_heartbeat=True)

@@ -1,0 +1,144 @@
+"""Published clients, in an environment of their own, train in a session of the local network."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scaleout_mp.localnet import LocalNetworkThread, RunStatus, SessionPlan
+from scaleout_mp.localnet.events import (
+    AttributeReceived,
+    ClientDisconnected,
+    HeartbeatReceived,
+    MetricReceived,
+    ModelDownloaded,
+    PollReceived,
+    TaskReported,
+    UpdateReceived,
+    ValidationReceived,
+    VersionChecked,
+)
+from scaleout_mp.model import ScaleoutModel
+
+ROOT = Path(__file__).parents[2]
+PYTHON = ROOT / ".venv-compat/bin/python"
+TOKEN = "a-token-for-tests"
+
+pytestmark = [
+    pytest.mark.compat,
+    pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-compat with the published packages"),
+]
+
+
+class PublishedClient:
+    """A published client as a subprocess; a context manager that ends it by SIGTERM."""
+
+    def __init__(self, net, folder, name, *, examples, token=""):
+        self.client_id = f"id-{name}"
+        self._folder = folder / name
+        self._folder.mkdir()
+        self._command = [str(PYTHON), str(Path(__file__).with_name("published_client.py"))]
+        self._command += [net.api_url, name, str(examples), token]
+
+    def __enter__(self):
+        settings = {"SCALEOUT_GRPC_SECURE": "false", "SCALEOUT_CLIENT_TASK_POLLING_INTERVAL": "1"}
+        with (self._folder / "output").open("wb") as output:
+            self.process = subprocess.Popen(
+                self._command,
+                cwd=self._folder,
+                env={**os.environ, **settings, "HOME": str(self._folder)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        return self
+
+    def output(self):
+        return (self._folder / "output").read_text(errors="replace")
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(20)
+
+    def __exit__(self, kind, *_):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        if kind is not None:
+            print(f"--- output of {self.client_id}\n{self.output()}")
+
+
+@pytest.fixture
+def seed():
+    arrays = [np.zeros(3, np.float32), np.zeros((2, 2), np.float32)]
+    with ScaleoutModel.from_training_model(arrays) as model:
+        yield model
+
+
+@pytest.mark.parametrize("token", ["", TOKEN], ids=["open", "token"])
+def test_published_clients_train_in_a_session(tmp_path, seed, token):
+    folder = tmp_path / "net"
+    with LocalNetworkThread(folder, token=token or None, accepted_versions={"1.0.7"}) as net:
+        a = PublishedClient(net, tmp_path, "a", examples=10, token=token)
+        b = PublishedClient(net, tmp_path, "b", examples=30, token=token)
+        with a, b:
+            net.wait_for_clients(2, timeout=40)
+            plan = SessionPlan(
+                rounds=2, min_clients=2, min_updates=2, client_settings={"steps": 3, "rate": 1.0}, round_timeout=40
+            )
+            result = net.run_session(plan, seed, timeout=80)
+            codes = [a.stop(), b.stop()]
+
+        ids = {"id-a", "id-b"}
+        assert result.status is RunStatus.FINISHED
+        for round_ in result.rounds:
+            assert {update.client_id: update.num_examples for update in round_.used_updates} == {
+                "id-a": 10,
+                "id-b": 30,
+            }
+            assert {validation.client_id for validation in round_.validations} == ids
+            assert round_.metrics == {"weight": 3.0 * round_.number}
+        with net.open_model(result.model_id) as model:
+            assert all((array == 6.0).all() for array in model.get_training_model())
+
+        for round_ in result.rounds:
+            where = {"session_id": result.session_id, "round_id": round_.round_id, "model_id": round_.model_id}
+            for client_id in ids:
+                metrics = net.events.of(
+                    MetricReceived,
+                    lambda event, c=client_id, r=round_: (event.client_id, event.round_id) == (c, r.round_id),
+                )
+                assert [metric.step for metric in metrics] == [0, 1, 2]
+                for metric in metrics:
+                    assert {key: getattr(metric, key) for key in where} == where
+        updates = net.events.of(UpdateReceived)
+        assert len(updates) == 4
+        assert {update.meta["config"] for update in updates} == {
+            json.dumps({"client_settings": dict(plan.client_settings)})
+        }
+        assert len(net.events.of(ValidationReceived)) == 4
+        done = [event.correlation_id for event in net.events.of(TaskReported, lambda event: event.done)]
+        assert len(done) == len(set(done)) == 8
+        assert len(net.events.of(ModelDownloaded)) == 8
+        assert all(event.accepted for event in net.events.of(VersionChecked))
+        assert {event.client_id for event in net.events.of(AttributeReceived)} == ids
+        for client_id in ids:
+            # Its one polling thread sleeps 1 s between polls; pings that we took for abuse would cut the connection.
+            assert 0.5 < net.events.largest_gap(PollReceived, client_id) < 3
+            assert net.events.of(HeartbeatReceived, lambda event, c=client_id: event.client_id == c)
+        assert codes == [0, 0]
+        assert {event.client_id for event in net.events.of(ClientDisconnected) if not event.lost} == ids
+
+
+def test_a_published_client_with_a_wrong_token_is_turned_away(tmp_path):
+    with LocalNetworkThread(tmp_path / "net", token=TOKEN) as net:
+        with PublishedClient(net, tmp_path, "a", examples=1, token="wrong") as client:
+            assert client.process.wait(40) != 0
+        assert net.clients() == ()
+        assert "invalid or expired" in client.output()
