@@ -102,6 +102,11 @@ class Combiner:
         if server is not None:
             await server.stop(_STOP_GRACE)
 
+    @property
+    def serving(self) -> bool:
+        """Whether the port is open."""
+        return self._server is not None
+
     def _handlers(self) -> tuple[grpc.GenericRpcHandler[Any, Any], ...]:
         services: dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]] = {}
         for method, behaviour in self._behaviours.items():

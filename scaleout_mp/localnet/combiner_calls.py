@@ -141,8 +141,9 @@ class CombinerCalls:
         )
         self._parts.log.emit(event)
         taken = self._parts.book.take_update(event)
-        if taken is not None and taken.closed:
-            self._parts.models.remove(request.model_update_id)
+        # Of no use: too late, or a second model for the same task.
+        if taken is not None and (taken.closed or taken.update.result().model_update_id != event.model_update_id):
+            await asyncio.to_thread(self._parts.models.remove, event.model_update_id)
         return pb.Response(response="OK")
 
     async def send_model_validation(self, request: pb.ModelValidation, _call: Call) -> pb.Response:

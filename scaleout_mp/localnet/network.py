@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -117,8 +116,7 @@ class LocalNetwork:
         for task in (self._session_task, self._watch):
             if task is not None and not task.done():
                 task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+                await asyncio.wait({task})
         await self._rest.aclose()
         await self._combiner.aclose()
 
@@ -222,11 +220,14 @@ class LocalNetwork:
 
     async def restart_combiner(self) -> None:
         """Open the combiner's port again, the same one."""
+        self._parts.registry.forgive()
         await self._combiner.start(host=self._host, port=self._combiner.port)
 
     async def _watch_clients(self) -> None:
-        while True:  # noqa: ASYNC110 - silence is no event: only time tells
-            await asyncio.sleep(max(0.05, self._parts.registry.expire()))
+        while True:
+            registry = self._parts.registry
+            wait = registry.expire() if self._combiner.serving else registry.lost_after / 4
+            await asyncio.sleep(max(0.05, wait))
 
 
 _GONE: Mapping[ClientState, str] = {

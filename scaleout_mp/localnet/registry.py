@@ -127,6 +127,11 @@ class ClientRegistry:
         """Note that a client said goodbye."""
         self._leave(client_id, ClientState.DISCONNECTED)
 
+    def forgive(self) -> None:
+        """Count the silence of connected clients anew: it was the network that could not be reached."""
+        for client in self.connected():
+            self.seen(client.client_id)
+
     def expire(self) -> float:
         """Mark the clients that were silent for too long as lost; returns the seconds until the next could be."""
         now = self._clock()

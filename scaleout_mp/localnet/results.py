@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 import math
 import re
 import uuid
@@ -64,6 +65,10 @@ class SessionPlan:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ConfigError(f"{name} must be a number of seconds, not {value!r}")
+        try:
+            json.dumps(dict(self.client_settings))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"client_settings must be JSON: {error}") from error
         if not _PLAIN_NAME.fullmatch(self.session_id):
             raise ConfigError(f"session_id must be a plain name, not {self.session_id!r}")
 

@@ -64,6 +64,7 @@ class Round:
                 task.closed = True
                 if not task.ended.done():
                     self._parts.book.interrupt(task)
+            await asyncio.to_thread(self._remove_unused)
         status = RunStatus.FINISHED
         if new_model_id is None:
             status = RunStatus.ABORTED if self._aborted.is_set() else RunStatus.FAILED
@@ -82,6 +83,13 @@ class Round:
         )
         self._announce(result)
         return result
+
+    def _remove_unused(self) -> None:
+        """Remove the models of updates that came but were never looked at."""
+        looked_at = {update.correlation_id for update in self._updates}
+        for task in self._tasks:
+            if task.update.done() and task.correlation_id not in looked_at and not self._plan.keep_updates:
+                self._parts.models.remove(task.update.result().model_update_id)
 
     def _announce(self, result: RoundResult) -> None:
         self._parts.log.emit(
@@ -145,7 +153,7 @@ class Round:
             self._reject(task, rejected)
         finally:
             if not self._plan.keep_updates:
-                self._parts.models.remove(update.model_update_id)
+                await asyncio.to_thread(self._parts.models.remove, update.model_update_id)
         self._updates.append(
             UpdateResult(
                 client_id=update.client_id,

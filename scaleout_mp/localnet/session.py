@@ -127,5 +127,5 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a value as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(beside, path)

@@ -280,18 +280,18 @@ class TaskBook:
                 known=known,
             )
         )
-        if task is None or not known or task.phase is TaskPhase.ENDED:
+        if task is None or not known:
             return answer
+        if task.phase is TaskPhase.ENDED:
+            # Given up, and still at work there: nobody waits for it any more.
+            return answer if report.done else [*answer, _stop(task, "INTERRUPTED")]
         task.phase = TaskPhase.DELIVERED
         task.held = True
         task.status = report.status
         if report.done:
             self._end(task, report.status or "UNKNOWN", response=response)
         elif task.stop_status:
-            stop = pb.TaskRequest()
-            stop.CopyFrom(task.request)
-            stop.status = task.stop_status
-            answer.append(stop)
+            answer.append(_stop(task, task.stop_status))
         return answer
 
     def _adopt(self, client_id: str, report: pb.ActivityReport) -> IssuedTask:
@@ -359,6 +359,13 @@ class TaskBook:
             if oldest.phase is not TaskPhase.ENDED:
                 break
             self._tasks.popitem(last=False)
+
+
+def _stop(task: IssuedTask, status: str) -> pb.TaskRequest:
+    request = pb.TaskRequest()
+    request.CopyFrom(task.request)
+    request.status = status
+    return request
 
 
 def parse_object(text: str) -> dict[str, Any]:

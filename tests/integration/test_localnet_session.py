@@ -23,6 +23,7 @@ from scaleout_mp.localnet.events import (
     UpdateRejected,
 )
 from scaleout_mp.model import ScaleoutModel
+from scaleout_mp.wire import edge_pb2 as pb
 
 
 @pytest.fixture
@@ -197,6 +198,40 @@ def test_a_client_that_vanishes_is_lost_and_its_task_has_failed(net, seed):
     (failed,) = [task for task in result.rounds[0].tasks if task.client_id == "id-gone"]
     assert (failed.status, failed.reason) == ("FAILED", "the client was lost")
     assert any(event.lost for event in net.events.of(ClientDisconnected))
+
+
+def test_a_lost_client_that_comes_back_is_told_to_stop(net, seed):
+    silent = client(net, "back")
+    silent.announce("Connect")
+    issued = net.issue(silent.client_id, "Custom_long")
+    (task,) = silent.poll()
+    assert issued.done(5).reason == "the client was lost"
+    running = pb.ActivityReport(correlation_id=task.correlation_id, status="RUNNING")
+    assert [answer.status for answer in silent.poll(running)] == ["INTERRUPTED"]
+    silent.close()
+
+
+def test_an_outage_of_the_network_loses_no_client(net, seed):
+    patient = client(net, "patient")
+    patient.announce("Connect")
+    net.stop_combiner()
+    # Longer than `lost_after`, which is 1 s here.
+    with pytest.raises(LocalNetworkError):
+        net.wait_for(lambda event: isinstance(event, ClientDisconnected), timeout=1.3)
+    net.restart_combiner()
+    assert net.clients()[0].connected
+    patient.close()
+
+
+def test_models_of_a_failed_task_are_removed(net, seed, tmp_path):
+    def updates_then_fails(client, task):
+        trains_to(1.0)(client, task)
+        return "FAILED", {"error": "after all"}
+
+    with client(net, "a", train=updates_then_fails):
+        result = net.run_session(SessionPlan(rounds=1, round_retries=0), seed, timeout=10)
+    assert result.status is RunStatus.FAILED
+    assert [path.stem for path in (tmp_path / "net/models").iterdir()] == [seed.model_id]
 
 
 def test_an_aborted_round_ends_at_once_and_the_session_goes_on(net, seed):

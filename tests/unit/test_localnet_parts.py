@@ -1,0 +1,199 @@
+"""The parts of a local network that need no network."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scaleout_mp.errors import ConfigError, ModelFormatError
+from scaleout_mp.localnet.aggregation import FedAvg
+from scaleout_mp.localnet.event_log import EventLog
+from scaleout_mp.localnet.events import ClientAssigned, HeartbeatReceived, TaskEnded
+from scaleout_mp.localnet.model_calls import serialize_chunk
+from scaleout_mp.localnet.model_files import ModelFiles
+from scaleout_mp.localnet.registry import ClientRegistry, ClientState
+from scaleout_mp.localnet.results import SessionPlan, mean_metrics
+from scaleout_mp.localnet.tasks import TaskBook, parse_object
+from scaleout_mp.localnet.tokens import Tokens
+from scaleout_mp.model import ScaleoutModel
+from scaleout_mp.wire import edge_pb2 as pb
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_access_tokens_expire_by_the_clock():
+    clock = Clock()
+    tokens = Tokens("secret", lifetime=60, clock=clock)
+    header = f"Bearer {tokens.issue()}"
+    assert tokens.accepts(header)
+    assert tokens.accepts(header.replace("Bearer", "Token"))
+    clock.now += 60
+    assert not tokens.accepts(header)
+    assert not Tokens("secret", clock=clock).accepts(header)
+
+
+@given(st.text())
+def test_no_text_passes_for_a_token(text):
+    tokens = Tokens("secret-of-this-network")
+    assert not tokens.accepts(text)
+    assert not tokens.accepts(f"Bearer {text}")
+    assert not tokens.accepts(f"Bearer {text}.{text}.{text}")
+
+
+def test_silence_makes_a_client_lost():
+    clock, gone = Clock(), []
+    registry = ClientRegistry(
+        EventLog(), lost_after=10, clock=clock, on_gone=lambda client_id, state: gone.append((client_id, state))
+    )
+    registry.connect("a")
+    clock.now += 6
+    registry.connect("b")
+    assert registry.expire() == 4
+    clock.now += 4
+    assert registry.expire() == 6
+    assert gone == [("a", ClientState.LOST)]
+    registry.seen("b")
+    registry.forgive()
+    assert registry.expire() == 10
+    assert registry.polls("a")
+    assert [client.state for client in registry.snapshot()] == [ClientState.CONNECTED] * 2
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(-1e3, 1e3, width=32), st.integers(1, 10_000)),
+        min_size=1,
+        max_size=6,
+    )
+)
+@settings(deadline=None, max_examples=30)
+def test_the_average_is_the_weighted_mean(tmp_path_factory, updates):
+    folder = tmp_path_factory.mktemp("models")
+    with ScaleoutModel.from_training_model([np.zeros((2, 3), np.float32)]) as current:
+        average = FedAvg(current)
+    for index, (value, examples) in enumerate(updates):
+        path = folder / f"{index}.scm"
+        # One client trains in double precision.
+        dtype = np.float64 if index == 1 else np.float32
+        with ScaleoutModel.from_training_model([np.full((2, 3), value, dtype)]) as model:
+            model.save_to_file(path)
+        average.add(path, examples)
+        path.unlink()
+    with average.result() as result:
+        (array,) = result.get_training_model()
+        expected = np.average([value for value, _ in updates], weights=[examples for _, examples in updates])
+        assert array.dtype == np.float32
+        np.testing.assert_allclose(array, expected, rtol=1e-4, atol=1e-2)
+
+
+def test_what_is_not_a_model_leaves_the_average_as_it_was(tmp_path):
+    with ScaleoutModel.from_training_model([np.zeros(2, np.float32)]) as current:
+        average = FedAvg(current)
+    (tmp_path / "x.scm").write_bytes(b"no model")
+    with pytest.raises(ModelFormatError):
+        average.add(tmp_path / "x.scm", 1)
+    assert average.total_examples == 0
+    with pytest.raises(ValueError, match="nothing to average"):
+        average.result()
+
+
+@given(st.binary(max_size=300))
+def test_chunks_are_serialised_as_protobuf_does(data):
+    assert pb.FileChunk.FromString(serialize_chunk(data)).data == data
+
+
+def test_large_chunks_are_serialised_as_protobuf_does():
+    data = bytes(1 << 20)
+    assert serialize_chunk(data) == pb.FileChunk(data=data).SerializeToString()
+
+
+@pytest.mark.parametrize("model_id", ["", ".", "..", "a/b", "a\0b", "-x", "x" * 129, "é", "a\n"])
+def test_model_ids_are_plain_names(tmp_path, model_id):
+    files = ModelFiles(tmp_path)
+    assert not files.has(model_id)
+    with pytest.raises(ModelFormatError):
+        files.path(model_id)
+
+
+def test_reports_that_are_not_objects():
+    assert parse_object("") == {}
+    assert parse_object("[1]") == {"value": [1]}
+    assert parse_object("oops") == {"text": "oops"}
+
+
+def test_means_leave_out_what_is_no_number():
+    assert mean_metrics([{"a": 1, "b": "x", "c": True}, {"a": 2.0, "d": 4}]) == {"a": 1.5, "d": 4.0}
+
+
+def test_settings_must_be_json():
+    with pytest.raises(ConfigError, match="client_settings"):
+        SessionPlan(rounds=1, client_settings={"x": object()})
+
+
+def test_the_log_forgets_the_oldest_and_leaves_out_what_is_quiet():
+    log = EventLog(keep=2)
+    log.emit(ClientAssigned(client_id="a", name="a", client_version=""))
+    log.emit(ClientAssigned(client_id="b", name="b", client_version="1"))
+    log.emit(HeartbeatReceived(client_id="b"))
+    assert len(log) == 2
+    (line,) = log.lines()
+    assert line.endswith("client b assigned (version 1)")
+
+
+# One step: (action, which task, which status).
+_STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["issue", "poll", "mention", "finish", "interrupt", "time_out", "gone"]),
+        st.integers(0, 3),
+        st.sampled_from(["", "RUNNING", "COMPLETED", "FAILED", "INTERRUPTED"]),
+    ),
+    max_size=40,
+)
+
+
+@given(_STEPS)
+@settings(deadline=None)
+def test_every_task_ends_at_most_once_and_never_comes_back(steps):
+    async def main():
+        log = EventLog()
+        book = TaskBook(log)
+        tasks = []
+        for action, index, status in steps:
+            task = tasks[index] if index < len(tasks) else None
+            if action == "issue":
+                tasks.append(book.issue("c", "Custom_x"))
+            elif action == "poll":
+                book.poll("c", [], deliver=True)
+            elif action == "gone":
+                book.client_gone("c", "gone")
+            elif task is None:
+                continue
+            elif action in {"interrupt", "time_out"}:
+                book.interrupt(task, "INTERRUPTED" if action == "interrupt" else "TIMEOUT")
+            else:
+                done = action == "finish"
+                report = pb.ActivityReport(correlation_id=task.correlation_id, status=status, done=done)
+                over = task.ended.done()
+                answer = book.poll("c", [report], deliver=True)
+                mine = [request for request in answer if request.correlation_id == task.correlation_id]
+                # After a done report its id is never named: a published client would start it as a new task.
+                assert not (done and mine)
+                assert not (over and any(request.status not in {"INTERRUPTED", "TIMEOUT"} for request in mine))
+        ended = [event.correlation_id for event in log.of(TaskEnded)]
+        assert len(ended) == len(set(ended))
+        assert set(ended) == {task.correlation_id for task in tasks if task.ended.done()}
+        assert {task.correlation_id for task in book.open_tasks()} == {
+            task.correlation_id for task in tasks if not task.ended.done()
+        }
+
+    asyncio.run(main())
