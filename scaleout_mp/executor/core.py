@@ -51,7 +51,7 @@ class ExecutorCore:
         if start_method not in {"template", "spawn"}:
             raise ConfigError(f'start_method must be "template" or "spawn", not {start_method!r}')
         most = default_concurrency() if max_concurrent_tasks is None else max_concurrent_tasks
-        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
             raise ConfigError(f"max_concurrent_tasks must be a whole number above 0, not {max_concurrent_tasks!r}")
         self._limits = limits or Limits()
         self._launcher = launcher or TemplateLauncher(start_method=start_method, preload=preload)
@@ -136,7 +136,8 @@ class ExecutorCore:
             return
         turn = asyncio.ensure_future(self._slots.acquire())
         try:
-            await asyncio.wait([turn, execution.stop_requested], return_when=asyncio.FIRST_COMPLETED)
+            first: list[asyncio.Future[Any]] = [turn, execution.stop_requested]
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             await execution.run()
         finally:
             if not turn.cancel() and not turn.cancelled():

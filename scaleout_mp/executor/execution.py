@@ -15,8 +15,9 @@ from scaleout_mp.executor.output import OutputRelay, OutputTail
 from scaleout_mp.executor.report import Evidence, StopCause, make_report, readable_size
 from scaleout_mp.executor.watchdog import MemoryWatch
 from scaleout_mp.ipc import frames, messages, values
-from scaleout_mp.ipc.channel import SupervisorChannel, channel_pair, close_all
+from scaleout_mp.ipc.channel import channel_pair, close_all
 from scaleout_mp.ipc.frames import Frame, Kind
+from scaleout_mp.ipc.loop_channel import SupervisorChannel
 from scaleout_mp.sandbox import tree
 from scaleout_mp.task import (
     AbortOrigin,
@@ -138,6 +139,10 @@ class Execution:
     async def outcome(self) -> Outcome:
         """Wait until the task is gone with all its descendants. Cancelling the wait leaves the task alone."""
         return await asyncio.shield(self._outcome)
+
+    def add_done_callback(self, callback: Callable[[Outcome], None]) -> None:
+        """Have `callback` called with the outcome, on the loop; at once if the task is over."""
+        self._outcome.add_done_callback(lambda done: callback(done.result()))
 
     # --- The life --------------------------------------------------------------------------------------------------
 
@@ -387,4 +392,5 @@ class Execution:
         )
         if not self._outcome.done():
             self._outcome.set_result(Outcome(report=report, value=self._value if report.completed else None))
-        self._value = None
+        # Whoever awaits the outcome owns the result now: no cycle may keep its memory until a collection.
+        self._value = self._reading = self._channel = self._child = self._stopping = None

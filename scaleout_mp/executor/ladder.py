@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from signal import SIGTERM
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scaleout_mp.sandbox import tree
 from scaleout_mp.task import StopStage
@@ -21,7 +21,7 @@ async def climb(
     tag: int,
     grace: float,
     ask: Callable[[], None],
-    gone: asyncio.Future[object],
+    gone: asyncio.Future[Any],
     on_stage: Callable[[StopStage], None],
 ) -> None:
     """Stop a task; returns when its first process is gone. What it left behind is `sweep`'s.
@@ -56,7 +56,7 @@ async def sweep(tag: int) -> int:
             logger.error("task tree survives SIGKILL: %s", error, extra={"action": "tree_survives"})  # noqa: TRY400
 
 
-async def _done_by(gone: asyncio.Future[object], deadline: float) -> bool:
+async def _done_by(gone: asyncio.Future[Any], deadline: float) -> bool:
     seconds = deadline - asyncio.get_running_loop().time()
     await asyncio.wait([gone], timeout=max(0.0, seconds))
     return gone.done()

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import queue
 import threading
+import uuid
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from scaleout_mp.executor.core import PRELOAD, ExecutorCore
@@ -26,36 +27,32 @@ _MOST_RECORDS: Final = 1_000_000
 class Task:
     """One submitted task. Every method may be called from any thread."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, task_id: str, name: str) -> None:
+        #: The id of the task; it is in every log record and in the report.
+        self.task_id = task_id
+        #: What runs, for people.
+        self.name = name
         self._loop = loop
+        #: None once the task is over: both refer to each other, and the result would stay until the next collection.
         self._execution: Execution | None = None
         self._records: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
         self._outcome: concurrent.futures.Future[Outcome] = concurrent.futures.Future()
         self._records_done = False
 
     def __repr__(self) -> str:
-        execution = self._execution
-        return "<Task>" if execution is None else f"<Task {execution.name} {execution.task_id} {execution.state}>"
-
-    @property
-    def task_id(self) -> str:
-        """The id of the task; it is in every log record and in the report."""
-        return self._started.task_id
+        return f"<Task {self.name} {self.task_id} {self.state}>"
 
     @property
     def state(self) -> TaskState:
         """Where the task is in its life."""
-        return self._started.state
+        execution = self._execution
+        return TaskState.ENDED if execution is None else execution.state
 
     @property
     def memory_peak(self) -> int:
-        """Bytes of private memory of the task's tree at its peak so far."""
-        return self._started.memory_peak
-
-    @property
-    def _started(self) -> Execution:
-        assert self._execution is not None
-        return self._execution
+        """Bytes of private memory of the task's tree, the largest value seen so far."""
+        execution = self._execution
+        return (self.report(0).peak_memory or 0) if execution is None else execution.memory_peak
 
     def done(self) -> bool:
         """Whether the task is gone and its report is there."""
@@ -87,7 +84,8 @@ class Task:
 
     def abort(self, reason: str = "") -> None:
         """Ask the task to stop; it is killed when its grace is over. Returns at once."""
-        self._loop.call_soon_threadsafe(self._started.abort, AbortOrigin.CLIENT, reason)
+        if not self.done():
+            self._loop.call_soon_threadsafe(self._abort, reason)
 
     # --- Called on the loop ------------------------------------------------------------------------------------------
 
@@ -96,15 +94,18 @@ class Task:
         if self._records.qsize() > _MOST_RECORDS:
             self._records.get_nowait()
 
+    def _abort(self, reason: str) -> None:
+        if self._execution is not None:
+            self._execution.abort(AbortOrigin.CLIENT, reason)
+
     def _begin(self, execution: Execution) -> None:
         self._execution = execution
-        watch = self._loop.create_task(self._finish(execution))
-        self._watch = watch
+        execution.add_done_callback(self._finish)
 
-    async def _finish(self, execution: Execution) -> None:
-        outcome = await execution.outcome()
-        self._records.put(None)
+    def _finish(self, outcome: Outcome) -> None:
         self._outcome.set_result(outcome)
+        self._execution = None
+        self._records.put(None)
 
 
 class TaskExecutor:
@@ -125,7 +126,7 @@ class TaskExecutor:
         max_concurrent_tasks: int | None = None,
         echo_output: bool = True,
     ) -> None:
-        self._make_core = lambda: ExecutorCore(
+        self._core = ExecutorCore(
             limits=limits,
             start_method=start_method,
             preload=preload,
@@ -133,7 +134,6 @@ class TaskExecutor:
             echo_output=echo_output,
         )
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._core: ExecutorCore | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -160,17 +160,24 @@ class TaskExecutor:
         models, numpy arrays, numbers, strings, and lists, tuples and dicts of them. Raises CallbackNotSendable,
         which names the captured object, and ValueNotSendable, which names the argument.
         """
-        loop, core = self._open()
+        loop = self._open()
         # Pickled here: a large closure must not hold up the loop, and errors belong to the caller.
         call = arguments.prepare(function)
         packed = arguments.pack(args, kwargs)
-        task = Task(loop)
+        task = Task(loop, uuid.uuid4().hex, name or call.name)
         submitted: concurrent.futures.Future[None] = concurrent.futures.Future()
 
         def begin() -> None:
             try:
                 task._begin(  # noqa: SLF001 - the other half of this class
-                    core.submit_packed(call, packed, name=name, limits=limits, on_record=task._on_record)  # noqa: SLF001
+                    self._core.submit_packed(
+                        call,
+                        packed,
+                        task_id=task.task_id,
+                        name=task.name,
+                        limits=limits,
+                        on_record=task._on_record,  # noqa: SLF001
+                    )
                 )
             except RuntimeError as error:
                 submitted.set_exception(error)
@@ -189,8 +196,7 @@ class TaskExecutor:
                 return
             self._closed = True
         assert self._loop is not None
-        assert self._core is not None
-        closing = asyncio.run_coroutine_threadsafe(self._close(self._core, abort=abort), self._loop)
+        closing = asyncio.run_coroutine_threadsafe(self._close(abort=abort), self._loop)
         try:
             closing.result()
         except KeyboardInterrupt:
@@ -201,13 +207,12 @@ class TaskExecutor:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
 
-    @staticmethod
-    async def _close(core: ExecutorCore, *, abort: bool) -> None:
+    async def _close(self, *, abort: bool) -> None:
         if not abort:
-            await core.wait_idle()
-        await core.aclose()
+            await self._core.wait_idle()
+        await self._core.aclose()
 
-    def _open(self) -> tuple[asyncio.AbstractEventLoop, ExecutorCore]:
+    def _open(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the executor is shut down")
@@ -221,21 +226,17 @@ class TaskExecutor:
                     self._closed = True
                     raise
         assert self._loop is not None
-        assert self._core is not None
-        return self._loop, self._core
+        return self._loop
 
     def _run(self, ready: concurrent.futures.Future[None]) -> None:
         # The template's death signal is bound to the thread that starts it: this one, which lives as long as needed.
         with asyncio.Runner() as runner:
             self._loop = runner.get_loop()
             try:
-                runner.run(self._start())
+                runner.run(self._core.start())
             except Exception as error:  # noqa: BLE001 - it is raised in the thread that opened the executor
                 ready.set_exception(error)
                 return
             ready.set_result(None)
             self._loop.run_forever()
 
-    async def _start(self) -> None:
-        self._core = self._make_core()
-        await self._core.start()

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from scaleout_mp.errors import LauncherError, ProtocolViolation
 from scaleout_mp.executor.launcher import Child, Exited, Started, StartOrder
 from scaleout_mp.ipc import frames
-from scaleout_mp.ipc.channel import SupervisorChannel, channel_pair, close_all
+from scaleout_mp.ipc.channel import channel_pair, close_all
 from scaleout_mp.ipc.frames import MAX_LOADED, Frame, Kind
+from scaleout_mp.ipc.loop_channel import SupervisorChannel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -171,7 +172,7 @@ class TemplateLauncher:
     def _on_loaded(self, life: _Life, key: str, problem: str | None, unforkable: str | None) -> None:
         if problem is not None:
             name = life.keys.get(key, key)
-            logger.error("callback %s cannot be loaded:\n%s", name, problem, extra={"action": "callback_not_loaded"})
+            logger.error("callback %s cannot be loaded: %s", name, problem, extra={"action": "callback_not_loaded"})
         self._note_fallback(unforkable)
 
     def _note_fallback(self, unforkable: str | None) -> None:

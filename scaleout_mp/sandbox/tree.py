@@ -98,7 +98,7 @@ def kill_tagged(tag: int, *, seconds: float = 10.0) -> int:
     or fork faster than they are killed.
     """
     deadline = time.monotonic() + seconds
-    killed = 0
+    killed: set[int] = set()
     clean = 0
     while clean < _CLEAN_SCANS:
         found = tagged(tag)
@@ -106,9 +106,9 @@ def kill_tagged(tag: int, *, seconds: float = 10.0) -> int:
             clean += 1
             continue
         clean = 0
-        killed += sum(_signal_if_tagged(pid, tag, signal.SIGKILL) for pid in found)
+        killed.update(pid for pid in found if _signal_if_tagged(pid, tag, signal.SIGKILL))
         if time.monotonic() > deadline:
             raise TimeoutError(f"processes {found} are still there {seconds:g} s after SIGKILL")
         # Let the dying leave: a SIGKILL takes effect when its target is next scheduled.
         time.sleep(0.001)
-    return killed
+    return len(killed)

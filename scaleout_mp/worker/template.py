@@ -8,6 +8,7 @@ ever started and then itself. With `start_method` "spawn" it loads nothing and s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import importlib
 import os
@@ -17,7 +18,7 @@ import signal
 import socket
 import sys
 import traceback
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from scaleout_mp.errors import ChannelError
 from scaleout_mp.ipc import frames
@@ -32,6 +33,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _NotLoaded:
+    """Stands for a callable whose loading failed."""
+
+    problem: str
+    traceback: str
+
+    @classmethod
+    def by(cls, error: BaseException) -> Self:
+        shown = "".join(traceback.format_exception(error))[-task.MAX_TRACEBACK :]
+        return cls(problem=f"{type(error).__name__}: {error}"[: task.MAX_MESSAGE], traceback=shown)
+
+
 class Template:
     """State of the template process."""
 
@@ -44,8 +58,7 @@ class Template:
         #: Set anew after the user's code was loaded, which may change some: finding them takes longer than a fork.
         self._changed_signals: list[int] = []
         self._pickles: dict[str, bytes] = {}
-        #: What the pickles gave; a string is the traceback of a failure.
-        self._loaded: dict[str, Callable[..., Any] | str] = {}
+        self._loaded: dict[str, Callable[..., Any] | _NotLoaded] = {}
         #: pid of each task's first process -> (task id, tag).
         self._tasks: dict[int, tuple[str, int]] = {}
         self._wakeup, self._wakeup_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -120,7 +133,8 @@ class Template:
                 try:
                     self._loaded[key] = pickle.loads(pickled)
                 except BaseException as error:  # noqa: BLE001 - user code runs while its module is imported
-                    problem = self._loaded[key] = _describe(error)
+                    failure = self._loaded[key] = _NotLoaded.by(error)
+                    problem = failure.problem
         self._channel.send(frames.encode(Kind.LOADED, key, problem, self._check_forkable()))
 
     def _check_forkable(self) -> str | None:
@@ -189,9 +203,11 @@ class Template:
             os._exit(1)
 
     def _take(self, key: str) -> Callable[..., Any]:
-        loaded = self._loaded.get(key, "the template has not loaded it")
-        if isinstance(loaded, str):
-            raise ImportError(f"the callback could not be loaded in the template: {loaded}")
+        loaded = self._loaded[key]
+        if isinstance(loaded, _NotLoaded):
+            error = ImportError(f"the callback cannot be loaded in a task process: {loaded.problem}")
+            error.add_note(loaded.traceback)
+            raise error
         return loaded
 
     def _reap(self) -> None:
@@ -240,10 +256,6 @@ def _kill_children() -> None:
         # Children of this process keep their pid until it reaps them: no race.
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def _describe(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error))[-frames.MAX_FRAME // 4 :]
 
 
 def _cuda_started() -> bool:

@@ -1,0 +1,62 @@
+PYTHON ?= python3
+BIN := .venv/bin
+COMPAT := .venv-compat
+PIP := -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench protos docs-check clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+
+install: .venv/.dev  ## Make .venv with everything for development
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) --version) is too old: set PYTHON to 3.11 or newer"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "installing python3-venv"; apt-get update -qq && apt-get install -y -qq python3-venv; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python $(PIP) --upgrade pip
+
+.venv/.demo: pyproject.toml | .venv/bin/python
+	$(BIN)/python $(PIP) -e '.[demo]'
+	@touch $@
+
+.venv/.dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python $(PIP) -e '.[dev]'
+	@touch $@ .venv/.demo
+
+# The published packages pin their dependencies, so they get an environment of their own, this package beside them.
+$(COMPAT)/.done: pyproject.toml | .venv/bin/python
+	@rm -rf $(COMPAT)
+	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 14))'; then \
+		$(BIN)/python -m venv $(COMPAT) && $(COMPAT)/bin/python $(PIP) scaleout==1.0.7 -e . ; \
+	else mkdir -p $(COMPAT); echo "scaleout 1.0.7 does not install on this Python: tests/compat will be skipped"; fi
+	@touch $@
+
+demo: .venv/.demo  ## Run a federated session on this machine, with tasks that misbehave
+	$(BIN)/scaleout-mp demo
+
+test: .venv/.dev $(COMPAT)/.done  ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev  ## Check style, types, layers and docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.dev  ## Format the code
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+bench: .venv/.dev  ## Measure against peers, side by side; BENCH_JSON=FILE keeps the figures as JSON lines
+	$(BIN)/python -m benchmarks
+
+protos: $(COMPAT)/.done  ## Generate the message code anew from protos/
+	$(COMPAT)/bin/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. protos/scaleout_mp/wire/edge.proto
+
+docs-check: .venv/.dev  ## Check that what the docs refer to exists
+	$(BIN)/python -m pytest -q tests/unit/test_docs.py
+
+clean:  ## Remove environments and caches
+	rm -rf .venv $(COMPAT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,130 @@
+"""The supervisor's end of a control channel, on its event loop. Apart from the child's: that needs no asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import os
+from typing import TYPE_CHECKING
+
+from scaleout_mp.errors import ProtocolViolation
+from scaleout_mp.ipc.channel import READ_SIZE, Receiver, close_all, readable, send_now
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Sequence
+
+    from scaleout_mp.ipc.frames import Frame
+
+
+class SupervisorChannel:
+    """The end on the supervisor's event loop. Never blocks; what the child sends is bounded and checked.
+
+    `on_frame` is called for each frame and owns its descriptors; `on_closed` once, with the ProtocolViolation that
+    ended the channel or None when the other end closed it. An exception of kind ProtocolViolation from `on_frame`
+    ends the channel likewise.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        on_frame: Callable[[Frame], None],
+        on_closed: Callable[[ProtocolViolation | None], None],
+    ) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._on_frame = on_frame
+        self._on_closed = on_closed
+        self._receiver = Receiver(sock)
+        self._loop = asyncio.get_running_loop()
+        self._queue: collections.deque[tuple[memoryview, list[int]]] = collections.deque()
+        self._open = True
+        self._loop.add_reader(sock.fileno(), self._read)
+
+    @property
+    def open(self) -> bool:
+        """Whether frames can still arrive."""
+        return self._open
+
+    def send(self, frame: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Queue a frame. The descriptors are duplicated, so the caller may close its own at once.
+
+        Does nothing on a closed channel: its reader was told already.
+        """
+        if not self._open:
+            return
+        view = memoryview(frame)
+        if not self._queue:
+            sent = self._try_send(view, descriptors)
+            if sent is None or sent == len(view):
+                return
+            view, descriptors = view[sent:], [] if sent else descriptors
+            self._loop.add_writer(self._sock.fileno(), self._write)
+        self._queue.append((view, [os.dup(descriptor) for descriptor in descriptors]))
+
+    def _try_send(self, view: memoryview, descriptors: Sequence[int]) -> int | None:
+        try:
+            return send_now(self._sock, view, descriptors)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            # The peer is gone; reading reports it after what it still sent.
+            return None
+
+    def _write(self) -> None:
+        while self._queue:
+            view, descriptors = self._queue[0]
+            sent = self._try_send(view, descriptors)
+            if sent == 0:
+                return
+            if sent is not None and sent < len(view):
+                close_all(descriptors)
+                self._queue[0] = (view[sent:], [])
+                return
+            close_all(descriptors)
+            self._queue.popleft()
+        self._loop.remove_writer(self._sock.fileno())
+
+    def _read(self) -> None:
+        try:
+            frames = self._receiver.read()
+        except BlockingIOError:
+            return
+        except ProtocolViolation as violation:
+            self.close(violation)
+            return
+        except OSError:
+            frames = None
+        if frames is None:
+            self.close(None)
+            return
+        for position, frame in enumerate(frames):
+            try:
+                self._on_frame(frame)
+            except ProtocolViolation as violation:
+                for unread in frames[position + 1 :]:
+                    close_all(unread.descriptors)
+                self.close(violation)
+                return
+
+    def drain(self, most: int = 1 << 26) -> None:
+        """Read what is in the socket now, up to `most` bytes' worth of reads; called once the child is dead."""
+        for _ in range(most // READ_SIZE):
+            if not self._open or not readable(self._sock, 0):
+                return
+            self._read()
+
+    def close(self, violation: ProtocolViolation | None = None) -> None:
+        """Close the channel; `on_closed` is called unless it was closed before."""
+        if not self._open:
+            return
+        self._open = False
+        self._loop.remove_reader(self._sock.fileno())
+        self._loop.remove_writer(self._sock.fileno())
+        for _, descriptors in self._queue:
+            close_all(descriptors)
+        self._queue.clear()
+        self._receiver.close()
+        self._sock.close()
+        self._on_closed(violation)

@@ -1,0 +1,56 @@
+"""What every test gets: a check that it left no process behind."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import psutil
+import pytest
+
+
+def children() -> dict[int, str]:
+    """Return the descendants of the test process, by pid."""
+    found = {}
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if child.status() != psutil.STATUS_ZOMBIE:
+                found[child.pid] = " ".join(child.cmdline())
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def wait_until(condition, *, seconds: float = 5.0, what: str = "the condition"):
+    """Return the first true value of `condition()`; fail the test when there is none in time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what} did not hold within {seconds} s")
+        time.sleep(0.005)
+
+
+@pytest.fixture(autouse=True)
+def no_process_left():
+    """Fail a test that leaves a process behind."""
+    before = children()
+    yield
+    deadline = time.monotonic() + 3
+    while left := {pid: command for pid, command in children().items() if pid not in before}:
+        if time.monotonic() > deadline:
+            pytest.fail(f"processes are left: {left}")
+        time.sleep(0.01)
+
+
+def open_descriptors() -> dict[int, str]:
+    """Return what each descriptor of this process points to."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue
+    return found

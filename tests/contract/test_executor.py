@@ -1,0 +1,589 @@
+"""One suite for every start method: what a task may do, and what comes of it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import struct
+import threading
+import time
+
+import msgpack
+import numpy as np
+import programs
+import psutil
+import pytest
+from conftest import open_descriptors, wait_until
+
+from scaleout_mp import (
+    CallbackNotSendable,
+    EndReason,
+    Limits,
+    ScaleoutModel,
+    TaskCrashed,
+    TaskExecutor,
+    TaskFailed,
+    TaskKilled,
+)
+from scaleout_mp.errors import ValueNotSendable
+from scaleout_mp.ipc import frames
+from scaleout_mp.ipc.frames import Kind
+from scaleout_mp.task import MetricRecord, StopStage
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module", params=["template", "spawn"])
+def executor(request):
+    with TaskExecutor(start_method=request.param, echo_output=False, limits=Limits(abort_grace=1)) as running:
+        running.submit(programs.echo, 0).result(20)
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def same_descriptors(executor):
+    before = open_descriptors()
+    yield
+    gc.collect()
+    wait_until(lambda: len(open_descriptors()) <= len(before), seconds=3, what=f"no more descriptors than {before}")
+
+
+def ready(task):
+    """Wait for the task's first record."""
+    return next(task.records())
+
+
+def gone(pid):
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+# --- What comes back -------------------------------------------------------------------------------------------------
+
+
+def test_a_model_goes_in_and_a_model_comes_out(executor):
+    model = ScaleoutModel.from_training_model([np.zeros((300, 300), np.float32), np.arange(3)])
+    task = executor.submit(programs.add_one, model, {"epochs": 3})
+    records = list(task.records())
+    updated, meta = task.result(20)
+    assert [(record.metrics, record.step) for record in records] == [
+        ({"loss": 1.0}, 0),
+        ({"loss": 0.5}, 1),
+        ({"loss": 1 / 3}, 2),
+    ]
+    assert all(isinstance(record, MetricRecord) and abs(record.timestamp - time.time()) < 20 for record in records)
+    assert meta == {"training_metadata": {"num_examples": 7}}
+    assert updated.model_id != model.model_id
+    np.testing.assert_array_equal(updated.get_training_model()[0], np.ones((300, 300), np.float32))
+    report = task.report()
+    assert report.reason is EndReason.COMPLETED
+    assert report.last_step == 2
+    assert report.exit_code == 0
+    assert report.cpu_seconds > 0
+    assert report.max_rss > MIB
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        -5,
+        2**63,
+        1.5,
+        float("inf"),
+        "text ü",
+        b"bytes",
+        [1, [2, ()]],
+        (1, "a", (None,)),
+        {"a": {1: [b"x"]}},
+        list(range(100_000)),
+        "x" * 3_000_000,
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_plain_values_come_back_equal(executor, value):
+    assert executor.submit(programs.echo, value).result(20) == value
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(12).reshape(3, 4),
+        np.asfortranarray(np.arange(12.0).reshape(3, 4)),
+        np.array(2.5),
+        np.empty((0, 3), np.int8),
+        np.random.default_rng(1).random((500, 500)),
+        np.array(["a", "bc"]),
+        np.array(["2020-01-01"], dtype="datetime64[D]"),
+    ],
+    ids=lambda array: f"{array.dtype}{array.shape}",
+)
+def test_arrays_come_back_equal_and_writable(executor, array):
+    back = executor.submit(programs.echo, {"array": array}).result(20)["array"]
+    assert back.dtype == array.dtype
+    assert back.shape == array.shape
+    assert back.flags.f_contiguous == array.flags.f_contiguous
+    np.testing.assert_array_equal(back, array)
+    if back.size and back.dtype.kind == "f":
+        back += 1
+
+
+def test_arguments_can_be_changed_without_changing_the_callers(executor):
+    array = np.zeros((1000, 100))
+    back = executor.submit(programs.mutate, array).result(20)
+    assert back.sum() == array.size
+    assert array.sum() == 0
+
+
+def test_what_cannot_come_back_names_its_type(executor):
+    with pytest.raises(TaskFailed, match="a builtins.object cannot be returned from a task") as caught:
+        executor.submit(programs.return_object).result(20)
+    assert caught.value.report.error_type == "ValueNotSendable"
+
+
+def test_closures_and_lambdas_go_in(executor):
+    offset = 3
+    assert executor.submit(lambda value: value + offset, 4).result(20) == 7
+
+
+def test_a_callable_that_cannot_be_sent_names_what_it_captures(executor):
+    lock = threading.Lock()
+    settings = {"lock": lock}
+
+    def train():
+        return settings
+
+    with pytest.raises(CallbackNotSendable) as caught:
+        executor.submit(train)
+    assert "train" in caught.value.callback
+    assert caught.value.culprit == "settings['lock'], a _thread.lock"
+    assert "inside the callback" in str(caught.value)
+
+
+def test_an_argument_that_cannot_be_sent_is_named(executor):
+    with pytest.raises(
+        ValueNotSendable, match=r"argument 1 cannot be sent to a task process: TypeError: cannot pickle"
+    ):
+        executor.submit(programs.echo, 1, threading.Lock())
+
+
+def test_a_model_from_a_file_is_mapped_by_the_child(executor, tmp_path):
+    weights = [np.random.default_rng(0).random((1000, 1000))]
+    ScaleoutModel.from_training_model(weights).save_to_file(tmp_path / "seed.scm")
+
+    def own_memory(model):
+        (array,) = model.get_training_model()
+        total = float(array.sum())
+        with open("/proc/self/smaps") as file:
+            mapped = file.read()
+        return total, array.flags.writeable, "seed.scm" in mapped
+
+    with ScaleoutModel.from_file(tmp_path / "seed.scm") as model:
+        assert executor.submit(own_memory, model).result(20) == (pytest.approx(weights[0].sum()), False, True)
+
+
+def test_a_model_that_the_task_returns_unchanged_is_copied_into_sealed_memory(executor, tmp_path):
+    ScaleoutModel.from_training_model([np.ones(3)]).save_to_file(tmp_path / "seed.scm")
+    with ScaleoutModel.from_file(tmp_path / "seed.scm") as model:
+        back = executor.submit(programs.echo, model).result(20)
+        assert back.checksum == model.checksum
+
+
+# --- The process -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start_method", ["template", "spawn"])
+def test_the_process_is_light_and_clean(start_method):
+    with TaskExecutor(start_method=start_method) as fresh:
+        about = fresh.submit(programs.describe_process).result(20)
+    assert about["pid"] not in {os.getpid(), about["parent"]}
+    assert about["session"] == about["pid"]
+    assert about["sigterm"]
+    heavy = {"grpc", "psutil", "cryptography", "requests", "google.protobuf", "cloudpickle", "asyncio"}
+    assert heavy.isdisjoint(about["modules"])
+    targets = about["descriptors"]
+    assert targets["0"] == "/dev/null"
+    assert set(targets) <= {"0", "1", "2", "3", "4"}  # 4 is the listing itself
+    assert targets["3"].startswith("socket:")
+
+
+def test_tasks_do_not_share_random_numbers(executor):
+    tasks = [executor.submit(programs.numpy_random) for _ in range(3)]
+    assert len({task.result(20) for task in tasks}) == 3
+
+
+def test_a_fork_of_a_task_has_no_channel(executor):
+    assert executor.submit(programs.fork_and_log).result(20) == 0
+
+
+def test_output_is_in_the_report(executor):
+    report = executor.submit(programs.print_much, 2_000).report(20)
+    assert report.stdout_tail.endswith("line 1999 of standard output\n")
+    assert len(report.stdout_tail) <= 8192
+    assert report.stdout_tail.startswith("line ")
+    assert report.stderr_tail == "an error\n"
+
+
+# --- Bad ends --------------------------------------------------------------------------------------------------------
+
+
+def test_an_exception_is_reported_with_its_traceback(executor):
+    with pytest.raises(TaskFailed, match="raised ValueError: the learning rate is negative") as caught:
+        executor.submit(programs.raise_error).result(20)
+    report = caught.value.report
+    assert report.reason is EndReason.FAILED
+    assert report.error_type == "ValueError"
+    assert 'raise ValueError("the learning rate is negative")' in report.traceback
+    assert "scaleout_mp/worker" not in report.traceback
+
+
+@pytest.mark.parametrize(
+    ("program", "error_type"), [(programs.raise_base_exception, "BaseException"), (programs.system_exit, "SystemExit")]
+)
+def test_what_is_no_exception_still_fails_the_task(executor, program, error_type):
+    report = executor.submit(program).report(20)
+    assert (report.reason, report.error_type) == (EndReason.FAILED, error_type)
+
+
+def test_a_segfault_is_a_crash_with_the_python_stack(executor):
+    with pytest.raises(TaskCrashed, match="crashed with SIGSEGV") as caught:
+        executor.submit(programs.segfault).result(20)
+    report = caught.value.report
+    assert report.signal == "SIGSEGV"
+    assert report.exit_code is None
+    assert "in segfault" in report.traceback
+    assert report.stdout_tail == "about to crash\n"
+
+
+def test_exit_code_zero_without_a_result_is_a_failure(executor):
+    report = executor.submit(programs.exit_zero).report(20)
+    assert (report.reason, report.exit_code) == (EndReason.CRASHED, 0)
+    assert "exited with code 0 before it returned a result" in report.message
+
+
+def test_metrics_just_before_a_sigkill_arrive(executor):
+    task = executor.submit(programs.kill_self)
+    assert [(record.metrics, record.step) for record in task.records()] == [({"last": 1.0}, 41)]
+    report = task.report()
+    assert (report.reason, report.signal, report.last_step) == (EndReason.CRASHED, "SIGKILL", 41)
+    assert report.stopped_by is None
+
+
+def test_many_metrics_before_a_sigkill_arrive_in_order(executor):
+    task = executor.submit(programs.log_many, 20_000)
+    assert [record.step for record in task.records()] == list(range(20_000))
+
+
+def test_a_result_survives_a_crash_at_exit(executor):
+    task = executor.submit(programs.crash_at_exit)
+    assert task.result(20) == "safe"
+    assert task.report().notes == ("its process ended with SIGSEGV after the result was in",)
+
+
+def test_a_result_survives_threads_that_never_end(executor):
+    started = time.monotonic()
+    task = executor.submit(programs.linger)
+    assert task.result(20) == "in time"
+    assert 1.5 < time.monotonic() - started < 6
+    assert task.report().notes == ("its process ended with SIGKILL after the result was in",)
+
+
+def test_a_daemon_that_a_task_leaves_behind_is_killed(executor, tmp_path):
+    task = executor.submit(programs.leave_daemon, str(tmp_path / "pid"))
+    assert task.result(20) == "done"
+    assert gone(int((tmp_path / "pid").read_text()))
+    assert task.report().notes == ("1 process that it left behind had to be killed",)
+
+
+# --- Limits ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_that_allocates_as_fast_as_it_can_is_stopped(executor):
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(TaskKilled, match="memory limit") as caught:
+        executor.submit(programs.allocate, limits=Limits(memory="256MiB")).result(30)
+    report = caught.value.report
+    assert report.reason is EndReason.MEMORY_LIMIT
+    assert report.memory_limit == 256 * MIB
+    assert 200 * MIB < report.peak_memory < 400 * MIB
+    assert psutil.Process().memory_info().rss - before < 16 * MIB
+
+
+def test_memory_of_children_counts(executor):
+    report = executor.submit(programs.allocate_in_children, limits=Limits(memory="192MiB")).report(30)
+    assert report.reason is EndReason.MEMORY_LIMIT
+    assert report.peak_memory > 192 * MIB
+
+
+def test_an_allocation_that_is_refused_is_the_memory_limit(executor):
+    report = executor.submit(programs.memory_error, limits=Limits(memory="256MiB")).report(20)
+    assert report.reason is EndReason.MEMORY_LIMIT
+    assert "ran out of memory" in report.message
+    assert "programs.py" in report.traceback
+
+
+def test_a_memory_error_without_a_limit_is_the_tasks_own(executor):
+    assert executor.submit(programs.memory_error).report(20).reason is EndReason.FAILED
+
+
+def test_a_task_within_its_limit_is_left_alone(executor):
+    model = ScaleoutModel.from_training_model([np.ones(40 * MIB // 8)])
+    limits = Limits(memory="96MiB")
+
+    def read_it_all(model):
+        total = sum(float(array.sum()) for array in model.get_training_model())
+        time.sleep(0.3)
+        return total
+
+    # The model's pages are shared: read, but not the task's own.
+    assert executor.submit(read_it_all, model, limits=limits).result(20) == 40 * MIB // 8
+
+
+def test_wall_time(executor):
+    started = time.monotonic()
+    report = executor.submit(programs.spin, limits=Limits(wall_time=0.5, abort_grace=0.2)).report(20)
+    assert report.reason is EndReason.WALL_TIME
+    assert report.stopped_by is StopStage.SIGTERM
+    assert "wall-clock limit of 0.5 s" in report.message
+    assert 0.5 <= time.monotonic() - started < 3
+
+
+# --- Stopping --------------------------------------------------------------------------------------------------------
+
+
+def test_abort_lets_the_callback_clean_up(executor):
+    task = executor.submit(programs.stop_when_asked)
+    ready(task)
+    task.abort("enough")
+    assert [record.metrics for record in task.records()] == [{"cleaned up": 1.0}]
+    report = task.report(20)
+    assert (report.reason, report.stopped_by) == (EndReason.INTERRUPTED_BY_CLIENT, StopStage.ABORT)
+    assert report.message == "enough; it ended by itself"
+
+
+def test_a_result_after_an_abort_does_not_count(executor):
+    task = executor.submit(programs.return_while_stopping)
+    ready(task)
+    task.abort()
+    with pytest.raises(TaskKilled):
+        task.result(20)
+
+
+def test_sigterm_is_the_second_rung(executor, tmp_path):
+    task = executor.submit(programs.save_on_sigterm, str(tmp_path / "saved"))
+    ready(task)
+    task.abort()
+    assert task.report(20).stopped_by is StopStage.SIGTERM
+    assert (tmp_path / "saved").read_text() == "saved"
+
+
+@pytest.mark.parametrize("program", [programs.hold_gil, programs.sleep_in_c, programs.spin])
+def test_a_hung_task_is_gone_within_its_grace(executor, program):
+    task = executor.submit(program, limits=Limits(abort_grace=0.4))
+    wait_until(lambda: task.state == "running", seconds=20)
+    started = time.monotonic()
+    task.abort()
+    report = task.report(20)
+    assert time.monotonic() - started < 1.4
+    assert report.reason is EndReason.INTERRUPTED_BY_CLIENT
+
+
+def test_a_family_that_ignores_everything_is_gone_within_the_grace(executor, tmp_path):
+    task = executor.submit(programs.hang_with_family, str(tmp_path / "pids"), limits=Limits(abort_grace=0.5))
+    ready(task)
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert len(pids) == 3
+    assert not any(gone(pid) for pid in pids)
+    started = time.monotonic()
+    task.abort()
+    report = task.report(20)
+    assert time.monotonic() - started < 1.5
+    assert report.stopped_by is StopStage.SIGKILL
+    assert all(gone(pid) for pid in pids)
+
+
+def test_abort_of_a_task_that_ended_changes_nothing(executor):
+    task = executor.submit(programs.echo, 1)
+    assert task.result(20) == 1
+    task.abort()
+    assert task.report().reason is EndReason.COMPLETED
+
+
+def test_abort_twice_reports_once_with_the_first_reason(executor):
+    task = executor.submit(programs.stop_when_asked)
+    ready(task)
+    task.abort("first")
+    task.abort("second")
+    assert task.report(20).message.startswith("first")
+
+
+# --- A child that breaks the rules -----------------------------------------------------------------------------------
+
+
+def raw_frame(*parts):
+    body = msgpack.packb(list(parts))
+    return struct.pack("<I", len(body)) + body
+
+
+RESULT = frames.encode(Kind.RESULT, [False, [msgpack.packb("spoofed")]])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        struct.pack("<I", 1 << 31),
+        struct.pack("<I", 3) + b"\xc1\xc1\xc1",
+        raw_frame("metric", 0),
+        raw_frame(999, 0),
+        raw_frame(int(Kind.METRIC), 0, {"a": "b"}, 0, None, 1.0),
+        raw_frame(int(Kind.METRIC), 0, {"a": 1.0}, -1, None, 1.0),
+        raw_frame(int(Kind.METRIC), 0, {"a": 1.0}, 0, None, float("nan")),
+        raw_frame(int(Kind.METRIC), 0, {"a" * 5000: 1.0}, 0, None, 1.0),
+        raw_frame(int(Kind.METRIC), 1, {"a": 1.0}, 0, None, 1.0),
+        raw_frame(int(Kind.LOG), 0, b"\xff", 10, "x", 1.0),
+        raw_frame(int(Kind.RESULT), 0),
+        raw_frame(int(Kind.RESULT), 0, [True, [5]]),
+        raw_frame(int(Kind.RESULT), 0, [False, [msgpack.packb(msgpack.ExtType(3, b"\x00"))]]),
+        raw_frame(
+            int(Kind.RESULT),
+            0,
+            [False, [msgpack.packb(msgpack.ExtType(2, msgpack.packb(["|O", [1], "C", 1]))), b"12345678"]],
+        ),
+        raw_frame(int(Kind.EXITED), 0, "x", {}),
+        RESULT + RESULT,
+    ],
+    ids=range(16),
+)
+def test_a_violation_ends_the_task_and_nothing_else(executor, data):
+    report = executor.submit(programs.write_raw, data).report(20)
+    assert report.reason is EndReason.PROTOCOL, report
+    assert executor.submit(programs.echo, "fine").result(20) == "fine"
+
+
+# --- The executor ----------------------------------------------------------------------------------------------------
+
+
+def test_tasks_run_at_once_and_each_has_its_own_report(executor):
+    tasks = [executor.submit(program) for program in (programs.raise_error, programs.segfault, programs.exit_zero)]
+    tasks.append(executor.submit(programs.echo, 5))
+    reports = [task.report(20) for task in tasks]
+    assert [report.reason for report in reports] == [
+        EndReason.FAILED,
+        EndReason.CRASHED,
+        EndReason.CRASHED,
+        EndReason.COMPLETED,
+    ]
+    assert len({report.task_id for report in reports}) == 4
+
+
+def test_the_result_can_be_waited_for_with_a_timeout(executor):
+    task = executor.submit(programs.stop_when_asked)
+    with pytest.raises(TimeoutError):
+        task.result(0.05)
+    assert not task.done()
+    task.abort()
+    assert task.report(20).stopped_by is StopStage.ABORT
+
+
+def test_a_waiting_task_that_is_aborted_never_starts(executor):
+    with TaskExecutor(max_concurrent_tasks=1, echo_output=False) as narrow:
+        first = narrow.submit(programs.stop_when_asked)
+        ready(first)
+        second = narrow.submit(programs.echo, 1)
+        second.abort()
+        report = second.report(20)
+        assert report.reason is EndReason.INTERRUPTED_BY_CLIENT
+        assert report.message == "Aborted by client; it was never started"
+        assert report.exit_code is report.signal is None
+        third = narrow.submit(programs.echo, 3)
+        first.abort()
+        assert third.result(20) == 3
+
+
+def test_leaving_after_an_exception_aborts_what_runs():
+    def leave_in_anger():
+        with TaskExecutor(echo_output=False, limits=Limits(abort_grace=0.2)) as running:
+            tasks.append(running.submit(programs.sleep_in_c))
+            raise KeyError
+
+    tasks = []
+    with pytest.raises(KeyError):
+        leave_in_anger()
+    assert tasks[0].report(1).reason is EndReason.INTERRUPTED_BY_CLIENT
+
+
+def test_a_template_that_dies_is_replaced():
+    with TaskExecutor(echo_output=False) as running:
+        parent = running.submit(programs.describe_process).result(20)["parent"]
+        victim = running.submit(programs.stop_when_asked)
+        ready(victim)
+        os.kill(parent, signal.SIGKILL)
+        report = victim.report(20)
+        assert report.reason is EndReason.CRASHED
+        assert report.message == "the template process died of SIGKILL"
+        assert running.submit(programs.describe_process).result(20)["parent"] != parent
+
+
+def test_a_callback_whose_module_crashes_the_template_is_reported(tmp_path, monkeypatch):
+    (tmp_path / "crashing_module.py").write_text("import ctypes\nctypes.string_at(0)\n\ndef train():\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with TaskExecutor(echo_output=False) as running:
+        task = running.submit(_ByName("crashing_module", "train"))
+        report = task.report(20)
+        assert report.reason is EndReason.REFUSED
+        assert report.message == "the template process died of SIGSEGV"
+        assert running.submit(programs.echo, 1).result(20) == 1
+
+
+def test_a_callback_whose_module_cannot_be_imported_says_so():
+    with TaskExecutor(echo_output=False) as running, pytest.raises(TaskFailed) as caught:
+        running.submit(_ByName("module_that_is_not_there", "train")).result(20)
+    assert "the callback cannot be loaded in a task process: ModuleNotFoundError" in str(caught.value)
+
+
+def test_a_callback_whose_module_hangs_can_be_aborted(tmp_path, monkeypatch):
+    (tmp_path / "hanging_module.py").write_text("import time\ntime.sleep(1000)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with TaskExecutor(echo_output=False, limits=Limits(abort_grace=0.2)) as running:
+        task = running.submit(_ByName("hanging_module", "train"))
+        task.abort()
+        report = task.report(20)
+        assert report.reason is EndReason.INTERRUPTED_BY_CLIENT
+        assert report.message == "Aborted by client; it was never started"
+        assert running.submit(programs.echo, 1).result(20) == 1
+
+
+def test_threads_in_the_template_make_it_spawn(caplog, tmp_path, monkeypatch):
+    (tmp_path / "threaded_module.py").write_text(
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()\n"
+        "def train():\n    return 'trained'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with TaskExecutor(echo_output=False) as running:
+        task = running.submit(_ByName("threaded_module", "train"))
+        assert task.result(20) == "trained"
+        assert task.report().start_method == "spawn"
+        assert running.submit(programs.echo, 1).result(20) == 1
+    said = [record for record in caplog.records if getattr(record, "action", "") == "template_fallback"]
+    assert len(said) == 1
+
+
+class _ByName:
+    """Pickles as a reference to `module.name`, without importing it here."""
+
+    def __init__(self, module, name):
+        self.module, self.name = module, name
+
+    def __call__(self):
+        raise AssertionError("never called here")
+
+    def __reduce__(self):
+        return _find, (self.module, self.name)
+
+
+def _find(module, name):
+    import importlib
+
+    return getattr(importlib.import_module(module), name)

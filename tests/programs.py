@@ -1,0 +1,244 @@
+"""What tests run in task processes. Imported there by name, so it imports little itself."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+
+from scaleout_mp import ScaleoutModel, StoppedException, current_task
+
+
+def echo(value):
+    return value
+
+
+def add_one(model, settings):
+    task = current_task()
+    for step in range(settings["epochs"]):
+        task.log_metric({"loss": 1.0 / (step + 1)}, step=step)
+    weights = [array + 1 for array in model.get_training_model()]
+    return ScaleoutModel.from_training_model(weights), {"training_metadata": {"num_examples": 7}}
+
+
+def describe_process():
+    """What the process around a task looks like."""
+    descriptors = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            descriptors[name] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue
+    return {
+        "pid": os.getpid(),
+        "parent": os.getppid(),
+        "session": os.getsid(0),
+        "modules": sorted(sys.modules),
+        "descriptors": descriptors,
+        "threads": len(os.listdir("/proc/self/task")),
+        "sigterm": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
+        "argv0": sys.argv[0],
+    }
+
+
+def raise_error():
+    raise ValueError("the learning rate is negative")
+
+
+def raise_base_exception():
+    raise BaseException("out of everything")
+
+
+def system_exit():
+    sys.exit(3)
+
+
+def exit_zero():
+    os._exit(0)
+
+
+def kill_self():
+    current_task().log_metric({"last": 1.0}, step=41)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def segfault():
+    print("about to crash")
+    ctypes.string_at(0)
+
+
+def hold_gil():
+    """Run C code for ever without letting go of the interpreter lock."""
+    ctypes.PyDLL(None).sleep(1_000)
+
+
+def spin():
+    while True:
+        pass
+
+
+def sleep_in_c():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ctypes.CDLL(None).sleep(1_000)
+
+
+def hang_with_family(path):
+    """Ignore everything, with a child in a session of its own and a double-forked daemon; write their pids to `path`."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    pids = [os.getpid()]
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        os.write(writer, b"%d\n" % os.getpid())
+        while True:
+            time.sleep(100)
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        os.write(writer, b"%d\n" % os.getpid())
+        while True:
+            time.sleep(100)
+    data = b""
+    while data.count(b"\n") < 2:
+        data += os.read(reader, 100)
+    pids += [int(line) for line in data.split()]
+    with open(path + ".tmp", "w") as file:
+        file.write(" ".join(map(str, pids)))
+    os.rename(path + ".tmp", path)
+    current_task().log_metric({"ready": 1.0})
+    while True:
+        try:
+            time.sleep(100)
+        except BaseException:  # noqa: S112 - that is the point
+            continue
+
+
+def leave_daemon(path):
+    """Return a result, and leave a daemon behind."""
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        os.write(writer, b"%d" % os.getpid())
+        time.sleep(1_000)
+    with open(path, "wb") as file:
+        file.write(os.read(reader, 100))
+    return "done"
+
+
+def allocate(mib_per_second=None):
+    held = []
+    while True:
+        held.append(np.ones(1 << 17))
+        if mib_per_second:
+            time.sleep(1 / mib_per_second)
+
+
+def allocate_in_children():
+    """Three processes whose memory only together passes the limit."""
+    for _ in range(3):
+        if os.fork() == 0:
+            held = np.ones(10 << 20)
+            time.sleep(1_000)
+            del held
+    time.sleep(1_000)
+
+
+def memory_error():
+    np.empty(1 << 50, np.uint8)
+
+
+def stop_when_asked():
+    task = current_task()
+    task.log_metric({"ready": 1.0})
+    try:
+        while True:
+            task.check_abort()
+            time.sleep(0.005)
+    except StoppedException as stop:
+        task.log_metric({"cleaned up": 1.0})
+        raise StoppedException(f"stopped: {stop}") from stop
+
+
+def return_while_stopping():
+    task = current_task()
+    task.log_metric({"ready": 1.0})
+    try:
+        while True:
+            task.check_abort()
+            time.sleep(0.005)
+    except StoppedException:
+        return "too late"
+
+
+def save_on_sigterm(path):
+    def save(*_):
+        with open(path, "w") as file:
+            file.write("saved")
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, save)
+    current_task().log_metric({"ready": 1.0})
+    while True:
+        time.sleep(100)
+
+
+def linger():
+    """Return, with a thread that never ends."""
+    threading.Thread(target=time.sleep, args=(1_000,)).start()
+    return "in time"
+
+
+def crash_at_exit():
+    import atexit
+
+    atexit.register(lambda: ctypes.string_at(0))
+    return "safe"
+
+
+def return_object():
+    return object()
+
+
+def log_many(count):
+    task = current_task()
+    for step in range(count):
+        task.log_metric({"x": float(step)}, step=step)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def print_much(lines):
+    for line in range(lines):
+        print(f"line {line} of standard output")
+    print("an error", file=sys.stderr)
+
+
+def write_raw(data):
+    """Write bytes into the control channel, as a hostile task would, and wait for what comes of it."""
+    os.write(3, data)
+    time.sleep(1_000)
+
+
+def numpy_random():
+    return float(np.random.random())  # noqa: NPY002 - the global generator is what is tested
+
+
+def mutate(array):
+    array += 1
+    return array
+
+
+def fork_and_log():
+    """Log from a process that the task forked."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if current_task() is None else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
