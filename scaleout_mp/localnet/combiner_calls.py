@@ -45,6 +45,14 @@ def _require_object(text: str, field: str) -> dict[str, Any]:
     return value
 
 
+def _keyed(key: str, payload: str) -> dict[str, Any]:
+    """Return a streamed record as a message would have said it: a bare scalar travels as {"value": x}."""
+    value = parse_object(payload)
+    if not key:
+        return value
+    return {key: value["value"] if value.keys() == {"value"} else value}
+
+
 class CombinerCalls:
     """Behaviour of the calls of CombinerClient.
 
@@ -219,9 +227,7 @@ class CombinerCalls:
             self._parts.log.emit(
                 TelemetryReceived(
                     client_id=record.client_id,
-                    telemetry={record.key: parse_object(record.payload)}
-                    if record.key
-                    else parse_object(record.payload),
+                    telemetry=_keyed(record.key, record.payload),
                     timestamp=_seconds(record.timestamp),
                     record_id=record.telemetry_id,
                 )
@@ -236,9 +242,7 @@ class CombinerCalls:
             self._parts.log.emit(
                 AttributeReceived(
                     client_id=record.client_id,
-                    attributes={record.key: parse_object(record.payload)}
-                    if record.key
-                    else parse_object(record.payload),
+                    attributes=_keyed(record.key, record.payload),
                     timestamp=_seconds(record.timestamp),
                     record_id=record.attribute_id,
                 )

@@ -381,7 +381,7 @@ def test_streamed_records_are_acknowledged_one_by_one(net, edge):
     inference = iter([pb.InferenceResult(inference_result_id="i0", node_id="n", payload="{}")])
     assert [list(ack.record_ids) for ack in edge.call(methods.STREAM_INFERENCE_RESULT, inference)] == [["i0"]]
     assert [event.record_id for event in net.events.of(TelemetryReceived)] == ["t0", "t1", "t2"]
-    assert net.events.of(AttributeReceived)[0].attributes == {"site": {"value": "north"}}
+    assert net.events.of(AttributeReceived)[0].attributes == {"site": "north"}
     assert net.events.of(InferenceReceived)[0].client_id == "n"
 
 
