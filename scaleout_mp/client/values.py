@@ -56,7 +56,7 @@ def json_value(value: Any, *, path: str, _depth: int = 0) -> Any:
     if plain is not None:
         return plain
     hint = "; call .tolist() on it" if hasattr(value, "tolist") else ""
-    raise TypeError(f"{path} is {_a(type(value).__name__)}, which JSON cannot carry{hint}")
+    raise TypeError(f"{path} is of type {type(value).__name__}, which JSON cannot carry{hint}")
 
 
 def _json_key(key: Any, path: str) -> str:
@@ -77,10 +77,6 @@ def _plain_scalar(value: Any) -> bool | int | float | str | None:
         item = value.item()
         return item if isinstance(item, bool | int | float | str) else None
     return None
-
-
-def _a(noun: str) -> str:
-    return f"an {noun}" if noun[:1].lower() in "aeiou" else f"a {noun}"
 
 
 def callback_name(callback: Callable[..., Any]) -> str:

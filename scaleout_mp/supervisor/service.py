@@ -42,12 +42,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Seconds, on top of the tasks' grace, that aborted tasks get until they are gone and reported.
-_ABORT_MARGIN: Final = 5.0
-#: Seconds for the final report, for what waits in the outbox, and for the goodbye.
-_FINAL_REPORT: Final = 5.0
-_DRAIN: Final = 5.0
-_GOODBYE: Final = 2.0
+#: Seconds, on top of the tasks' grace, that aborted tasks get until they are gone and what they logged is sent.
+_ABORT_MARGIN: Final = 2.0
+#: Seconds for the final report, what waits in the outbox and the goodbye together. Who sends SIGTERM sends SIGKILL
+#: soon after: ten seconds is common.
+_LAST_WORDS: Final = 5.0
 
 ENDING: Final = "Aborted by client: the client is shutting down"
 ABORTED_BY_CLIENT: Final = "Aborted by client"
@@ -93,6 +92,7 @@ class ClientService:
             outbox=self._outbox,
             slots=asyncio.Semaphore(plan.max_concurrent_tasks),
         )
+        self._announced = False
         self._signals = SignalReader()
         self._book = TaskBook()
         self._jobs: dict[str, tuple[Job, asyncio.Task[None]]] = {}
@@ -141,6 +141,7 @@ class ClientService:
         plan = self._plan
         if plan.settings.announce:
             await self._calls.announce("Connect", client_id=plan.client_id, attempts=None)
+            self._announced = True
         logger.info(
             "client %s is connected and waits for tasks; Ctrl-C ends it", plan.name, extra={"action": "connected"}
         )
@@ -257,35 +258,33 @@ class ClientService:
     # The end
 
     async def _leave(self) -> None:
-        """Abort what runs, tell the server how all ended, say goodbye; each step has its time."""
+        """Abort what runs, tell the server how all ended, say goodbye; neither takes longer than it may."""
         logger.info("the client is shutting down", extra={"action": "shutting_down"})
         self._abort_all(ENDING)
         await self._finish_jobs(self._plan.limits.abort_grace + _ABORT_MARGIN)
-        if self._plan.with_polling and self._book.unreported:
-            await self._within(_FINAL_REPORT, self._poller().report_ends(), "the final report")
-        await self._outbox.drain(_DRAIN)
-        if self._plan.settings.announce:
-            goodbye = self._calls.announce("Disconnect", client_id=self._plan.client_id, attempts=None)
-            await self._within(_GOODBYE, goodbye, "the announcement of the disconnect")
+        try:
+            async with asyncio.timeout(_LAST_WORDS):
+                await self._say_last_words()
+        except (TransportError, TimeoutError) as error:
+            logger.warning(
+                "the combiner may not know that this client ended: %s",
+                str(error) or f"no answer in {_LAST_WORDS:.0f} s",
+                extra={"action": "goodbye_lost"},
+            )
+
+    async def _say_last_words(self) -> None:
+        if self._plan.with_polling:
+            await self._poller().report_ends()
+        await self._outbox.drain(_LAST_WORDS)
+        # Who never came need not say that it goes.
+        if self._announced:
+            await self._calls.announce("Disconnect", client_id=self._plan.client_id, attempts=None)
 
     async def _finish_jobs(self, within: float) -> None:
         tasks = [task for _, task in self._jobs.values()]
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=within)
             await _cancelled(list(late))
-
-    @staticmethod
-    async def _within(seconds: float, work: Coroutine[Any, Any, Any], what: str) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await work
-        except (TransportError, TimeoutError) as error:
-            logger.warning(
-                "%s did not reach the combiner: %s",
-                what,
-                str(error) or f"no answer in {seconds:.0f} s",
-                extra={"action": "goodbye_lost"},
-            )
 
     async def _unless_now(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -219,7 +219,7 @@ def token_source(
         raise AuthenticationError(
             "this is an enrollment token: enroll with it, and connect with the refresh token that you get"
         )
-    if not api_url:
+    if api_url is None:
         raise AuthenticationError("a refresh token needs the API's URL, where access tokens are had")
     path = "api/v1/clients/token" if said.get("role") == "client_refresh" else "api/auth/refresh"
     return RefreshedToken(

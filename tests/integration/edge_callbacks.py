@@ -1,0 +1,112 @@
+"""Callbacks of the edge client's tests. Imported in task processes by name, so it imports little itself."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+
+import numpy as np
+
+from scaleout_mp import ScaleoutModel, StoppedException
+
+
+def result(model, examples=7, **extra):
+    weights = [array + 1 for array in model.get_training_model()]
+    return ScaleoutModel.from_training_model(weights), {"training_metadata": {"num_examples": examples}, **extra}
+
+
+class Worker:
+    """Callbacks that hold the client, as users write them."""
+
+    def __init__(self, client):
+        self.client = client
+
+    def train(self, model, settings):
+        for step in range(settings.get("epochs", 2)):
+            self.client.log_metric({"loss": np.float32(1 / (step + 1))})
+        self.client.log_attributes({"site": "lund"})
+        self.client.log_telemetry({"heat": 40})
+        return result(model, np.int64(7), pid=os.getpid())
+
+    def validate(self, model):
+        self.client.log_metric({"seen": 1}, step=9)
+        return {"accuracy": np.float64(0.5), "mean": np.float32(model.get_training_model()[0].mean())}
+
+    def wait_for_abort(self, model, settings):
+        self.client.log_metric({"ready": 1})
+        try:
+            while True:
+                self.client.check_task_abort()
+                time.sleep(0.005)
+        except StoppedException:
+            self.client.log_metric({"cleaned up": 1}, check_task_abort=False)
+            raise
+
+    def ignore_abort(self, model, settings):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        self.client.log_metric({"ready": 1})
+        while True:
+            time.sleep(100)
+
+    def log_then_die(self, model, settings):
+        for step in range(50):
+            self.client.log_metric({"loss": step}, step=step)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def hold_gil(self, model, settings):
+        self.client.log_metric({"ready": 1})
+        ctypes.PyDLL(None).sleep(settings.get("seconds", 2))
+        return result(model)
+
+    def log_for(self, model, settings):
+        """Log from before to after an outage: until the file `settings["until"]` is there."""
+        step = 0
+        while not os.path.exists(settings["until"]):
+            self.client.log_metric({"tick": step}, step=step)
+            step += 1
+            time.sleep(0.01)
+        return result(model, steps=step)
+
+    def pulse(self, parameters):
+        self.client.log_metric({"custom": 1})
+        return {"got": parameters, "client": self.client.name}
+
+
+def train(model, settings):
+    return result(model)
+
+
+def raises(model, settings):
+    raise ValueError("the learning rate is negative")
+
+
+def returns_nothing(model, settings):
+    return None
+
+
+def segfaults(model, settings):
+    ctypes.string_at(0)
+
+
+def exits(model, settings):
+    os._exit(0)
+
+
+def allocates(model, settings):
+    held = []
+    while True:
+        held.append(np.ones(1 << 20))
+
+
+def count_runs(parameters):
+    """Leave a mark for every run."""
+    with open(parameters["path"], "a") as file:
+        file.write("run\n")
+    return {"ok": True}
+
+
+def validate(model):
+    return {"accuracy": 0.5}

@@ -1,0 +1,217 @@
+"""The outbox and the retry policy, with calls that answer as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+
+from scaleout_mp.errors import AuthenticationError, CallError, TransportError
+from scaleout_mp.transport.backoff import Backoff
+from scaleout_mp.transport.calls import CombinerCalls, is_transient, worth_retrying
+from scaleout_mp.transport.link import LinkWatch
+from scaleout_mp.transport.outbox import MessageKind, Outbox
+from scaleout_mp.transport.transfer import serialize_chunk
+from scaleout_mp.wire import edge_pb2 as pb
+
+DOWN = CallError("SendModelMetric: UNAVAILABLE", code="UNAVAILABLE", transient=True)
+REFUSED = CallError("SendModelMetric: INVALID_ARGUMENT", code="INVALID_ARGUMENT")
+
+
+class FakeCalls(CombinerCalls):
+    """The real retry logic over a link that is a list of errors."""
+
+    def __init__(self, *failures):
+        self.backoff = Backoff(first=1.0)
+        self.link = LinkWatch()
+        self._rand = lambda: 0.5
+        self.failures = list(failures)
+        self.arrived = []
+        self.waits = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def sleep(self, seconds):
+        self.waits.append(seconds)
+        await asyncio.sleep(0)
+
+    async def once(self, method, request, *, within=0.0):
+        await self.gate.wait()
+        if self.failures:
+            error = self.failures.pop(0)
+            if error is not None:
+                raise error
+        self.arrived.append((method.name, request.model_id if hasattr(request, "model_id") else ""))
+        return pb.Response()
+
+
+def metric(name):
+    return MessageKind.METRIC, pb.ModelMetric(model_id=name)
+
+
+def test_messages_of_a_task_arrive_in_order_whatever_fails():
+    async def scenario():
+        calls = FakeCalls(None, DOWN, DOWN, None)
+        outbox = Outbox(calls)
+        for name in "abc":
+            outbox.put(*metric(name), task_id="t")
+        update = outbox.put(MessageKind.UPDATE, pb.ModelUpdate(model_id="u"), task_id="t")
+        await update.delivered()
+        assert await outbox.flush("t")
+        return calls, outbox.counts
+
+    calls, counts = asyncio.run(scenario())
+    assert calls.arrived == [("SendModelMetric", name) for name in "abc"] + [("SendModelUpdate", "u")]
+    assert calls.waits == [1.0, 2.0]
+    assert (counts.pending, counts.delivered, counts.refused) == (0, 4, 0)
+
+
+def test_a_message_that_is_refused_for_good_does_not_hold_up_the_others(caplog):
+    async def scenario():
+        calls = FakeCalls(REFUSED)
+        outbox = Outbox(calls)
+        update = outbox.put(MessageKind.UPDATE, pb.ModelUpdate(), task_id="t")
+        after = outbox.put(*metric("a"), task_id="t")
+        with pytest.raises(CallError, match="INVALID_ARGUMENT"):
+            await update.delivered()
+        await after.delivered()
+        return outbox.counts
+
+    counts = asyncio.run(scenario())
+    assert (counts.delivered, counts.refused) == (1, 1)
+    assert "refused a message" in caplog.text
+
+
+def test_a_refused_token_is_waited_out():
+    async def scenario():
+        calls = FakeCalls(AuthenticationError("spent"), TransportError("the API does not answer"))
+        ticket = Outbox(calls).put(*metric("a"))
+        await ticket.delivered()
+        return calls
+
+    assert asyncio.run(scenario()).arrived == [("SendModelMetric", "a")]
+
+
+def test_a_task_that_waits_for_the_link_does_not_block_the_others():
+    async def scenario():
+        calls = FakeCalls()
+        stuck = asyncio.Event()
+
+        async def sleep(_):
+            await stuck.wait()
+
+        calls.sleep = sleep
+        calls.failures = [DOWN]
+        outbox = Outbox(calls, in_flight=1)
+        first = outbox.put(*metric("a"), task_id="one")
+        await outbox.put(*metric("b"), task_id="two").delivered()
+        assert not await outbox.flush("one", within=0)
+        stuck.set()
+        await first.delivered()
+        return calls.arrived
+
+    assert asyncio.run(scenario()) == [("SendModelMetric", "b"), ("SendModelMetric", "a")]
+
+
+def test_records_beyond_the_bound_are_dropped_and_counted(caplog):
+    async def scenario():
+        calls = FakeCalls()
+        calls.gate.clear()
+        outbox = Outbox(calls, max_records=2)
+        tickets = [outbox.put(*metric(str(n)), task_id="t") for n in range(4)]
+        kept = outbox.put(MessageKind.UPDATE, pb.ModelUpdate(), task_id="t")
+        with pytest.raises(TransportError, match="full"):
+            await tickets[3].delivered()
+        assert outbox.counts.pending == 3
+        calls.gate.set()
+        await kept.delivered()
+        assert await outbox.drain(1)
+        return outbox.counts
+
+    counts = asyncio.run(scenario())
+    assert (counts.delivered, counts.dropped) == (3, 2)
+    assert len([record for record in caplog.records if "dropped" in record.getMessage()]) == 1
+
+
+def test_closing_says_what_is_lost_and_wakes_who_waits(caplog):
+    async def scenario():
+        calls = FakeCalls()
+        calls.gate.clear()
+        outbox = Outbox(calls)
+        ticket = outbox.put(*metric("a"), task_id="t")
+        waiting = asyncio.create_task(ticket.delivered())
+        assert not await outbox.drain(0.01)
+        await outbox.aclose()
+        with pytest.raises(TransportError, match="ended"):
+            await waiting
+        assert outbox.counts.pending == 1
+
+    asyncio.run(scenario())
+    assert "1 messages did not reach" in caplog.text
+
+
+def test_an_outage_is_one_warning_and_its_end_one_line(caplog):
+    now = [0.0]
+    link = LinkWatch(lambda: now[0])
+    with caplog.at_level("DEBUG"):
+        link.succeeded()
+        for _ in range(3):
+            link.failed("polling", DOWN, 1.0)
+            now[0] += 2.5
+        assert link.down
+        link.succeeded()
+    assert [record.levelname for record in caplog.records] == ["WARNING", "DEBUG", "DEBUG", "INFO"]
+    assert "7.5 s" in caplog.text
+    assert not link.down
+
+
+@pytest.mark.parametrize(
+    ("code", "details", "transient"),
+    [
+        ("UNAVAILABLE", "", True),
+        ("RESOURCE_EXHAUSTED", "", True),
+        ("DEADLINE_EXCEEDED", "", True),
+        ("CANCELLED", "", True),
+        ("FAILED_PRECONDITION", "", True),
+        ("UNKNOWN", "Stream removed", True),
+        ("UNKNOWN", "Exception calling application", False),
+        ("INTERNAL", "Received RST_STREAM with error code 2", True),
+        ("INTERNAL", "bug", False),
+        ("INVALID_ARGUMENT", "", False),
+        ("NOT_FOUND", "", False),
+        ("UNIMPLEMENTED", "", False),
+        ("PERMISSION_DENIED", "", False),
+    ],
+)
+def test_which_failures_may_pass(code, details, transient):
+    assert is_transient(grpc.StatusCode[code], details) is transient
+
+
+def test_what_is_worth_another_try():
+    assert worth_retrying(DOWN)
+    assert not worth_retrying(REFUSED)
+    assert not worth_retrying(AuthenticationError())
+    assert worth_retrying(TransportError("the API does not answer"))
+
+
+def test_retries_end_with_the_last_error():
+    async def scenario(attempts, *failures):
+        calls = FakeCalls(*failures)
+        await calls.call(MessageKind.METRIC.value, pb.ModelMetric(), attempts=attempts)
+        return calls.waits
+
+    assert asyncio.run(scenario(3, DOWN, DOWN)) == [1.0, 2.0]
+    assert len(asyncio.run(scenario(None, *[DOWN] * 40))) == 40
+    for attempts, failures in ((2, (DOWN, DOWN)), (None, (REFUSED,))):
+        with pytest.raises(CallError):
+            asyncio.run(scenario(attempts, *failures))
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 16_383, 16_384, 1 << 20, (1 << 21) + 5])
+def test_chunks_are_written_as_protobuf_writes_them(size):
+    data = bytes(size)
+    parsed = pb.FileChunk.FromString(serialize_chunk(memoryview(data)))
+    assert parsed.data == data
+    if size:
+        assert serialize_chunk(data) == pb.FileChunk(data=data).SerializeToString()
