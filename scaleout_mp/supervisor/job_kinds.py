@@ -35,14 +35,14 @@ class ModelUpdateJob(Job):
         with await self._download() as model:
             fetched = seconds.lap()
             self._say(f"Training on model {self.request.model_id} started.", pb.LogLevel.INFO)
-            value = await self._execute(model, settings)
+            trained, meta = _update(await self._execute(model, settings))
             processed = seconds.lap()
-        trained, meta = _update(value)
-        with trained:
-            update_id = str(uuid.uuid4())
+        update_id = str(uuid.uuid4())
+        with await self._renamed(trained, update_id) as renamed:
+            # The last reference: its memory is not held for as long as the upload takes.
+            del trained
             self._require_not_aborted()
-            upload = self._upload(trained, update_id)
-            await self._phase(upload, Phase.UPLOADING)
+            await self._phase(self._resources.transfer.upload(renamed))
         meta |= {
             "processing_time": processed,
             "upload_model": seconds.lap(),
@@ -52,10 +52,12 @@ class ModelUpdateJob(Job):
         await self._send_update(update_id, meta)
         self._say("Model update completed.", pb.LogLevel.AUDIT)
 
-    async def _upload(self, trained: ScaleoutModel, update_id: str) -> None:
-        # The server files an update under the id that the model itself carries.
-        with await asyncio.to_thread(trained.to_builder().set_model_id(update_id).build) as renamed:
-            await self._resources.transfer.upload(renamed)
+    async def _renamed(self, trained: ScaleoutModel, update_id: str) -> ScaleoutModel:
+        """Return the model under the id under which the server files the update; closes the one that came."""
+        with trained:
+            self._require_not_aborted()
+            build = trained.to_builder().set_model_id(update_id).build
+            return await self._phase(asyncio.to_thread(build), Phase.UPLOADING)
 
     async def _send_update(self, update_id: str, meta: dict[str, Any]) -> None:
         update = pb.ModelUpdate(

@@ -209,7 +209,11 @@ class Job(abc.ABC):
             name=callbacks.name(self.request.type),
             on_record=self._on_record,
         )
-        outcome = await self.execution.outcome()
+        try:
+            outcome = await self.execution.outcome()
+        finally:
+            # It holds the outcome, and with it a model.
+            self.execution = None
         if not outcome.report.completed:
             raise _TaskEndedError(outcome.report)
         return outcome.value

@@ -73,11 +73,15 @@ class GrpcEdgeClientRuntime:
         """
         if not heartbeat_interval > 0:
             raise ConfigError(f"heartbeat_interval must be above 0 seconds, not {heartbeat_interval!r}")
+        if max_concurrent_tasks is not None and max_concurrent_tasks < 1:
+            raise ConfigError(f"max_concurrent_tasks must be above 0, not {max_concurrent_tasks!r}")
+        if start_method not in {"template", "spawn"}:
+            raise ConfigError(f'start_method must be "template" or "spawn", not {start_method!r}')
         self.settings = settings or Settings.from_environ()
         self.limits = limits or Limits()
         self._client = client
         self._start_method: Literal["template", "spawn"] = start_method
-        self._max_concurrent_tasks = max_concurrent_tasks or default_concurrency()
+        self._max_concurrent_tasks = default_concurrency() if max_concurrent_tasks is None else max_concurrent_tasks
         self._heartbeat_interval = heartbeat_interval
         self._echo_output = echo_output
         self._options: GrpcConnectionOptions | None = None

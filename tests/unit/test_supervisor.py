@@ -302,8 +302,10 @@ class TestRuntime:
         assert client.get_access_token() is None
 
     def test_wrong_arguments_and_a_missing_client(self):
-        with pytest.raises(ConfigError, match="heartbeat_interval"):
-            GrpcEdgeClientRuntime(heartbeat_interval=0)
+        wrong = {"heartbeat_interval": 0, "max_concurrent_tasks": 0, "start_method": "fork"}
+        for name, value in wrong.items():
+            with pytest.raises(ConfigError, match=name):
+                GrpcEdgeClientRuntime(settings=Settings(), **{name: value})
         with pytest.raises(ConfigError, match="no client"):
             GrpcEdgeClientRuntime(settings=Settings()).send_attributes({})
 
