@@ -276,8 +276,8 @@ class ClientService:
         if self._plan.with_polling:
             await self._poller().report_ends()
         await self._outbox.drain(_LAST_WORDS)
-        # Who never came need not say that it goes.
-        if self._announced:
+        # Who never came need not say that it goes; a greeting that was cut off may have arrived.
+        if self._plan.settings.announce and (self._announced or not self._calls.link.down):
             await self._calls.announce("Disconnect", client_id=self._plan.client_id, attempts=None)
 
     async def _finish_jobs(self, within: float) -> None:
