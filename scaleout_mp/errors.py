@@ -163,3 +163,11 @@ class NotConnectedError(TransportError):
 
 class LocalNetworkError(ScaleoutError):
     """The local network could not start or could not do what it was asked."""
+
+
+class DemoError(ScaleoutError):
+    """The demo could not go on."""
+
+
+class MissingExtraError(ScaleoutError):
+    """A part of the package that is installed on request is not there."""

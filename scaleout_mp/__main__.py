@@ -1,0 +1,23 @@
+"""The `scaleout-mp` command, also as `python -m scaleout_mp`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+#: A command that cannot start: wrong usage, or a part that is not installed.
+EXIT_USAGE = 2
+
+
+def main() -> int:
+    """Run the command line and return its exit code."""
+    if importlib.util.find_spec("click") is None:
+        sys.stderr.write('scaleout-mp needs the extra "cli": pip install "scaleout-mp[cli]"\n')
+        return EXIT_USAGE
+    from scaleout_mp.cli.app import run
+
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

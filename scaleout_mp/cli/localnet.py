@@ -1,0 +1,131 @@
+"""`scaleout-mp localnet`."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from scaleout_mp.cli.extras import require_extra
+from scaleout_mp.cli.options import configure_logging, debug_option
+from scaleout_mp.errors import ModelFormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from scaleout_mp.localnet import SessionPlan, SessionResult
+    from scaleout_mp.model import ScaleoutModel
+
+_PORT = click.IntRange(0, 65535)
+_SECONDS = click.FloatRange(min=0, min_open=True)
+_COUNT = click.IntRange(min=1)
+
+
+@click.command(short_help="Start a local Scaleout Edge network.")
+@click.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("scaleout-localnet"),
+    show_default=True,
+    help="Where models and results are kept.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--api-port", type=_PORT, default=8092, show_default=True, help="Port of the REST API; 0: any.")
+@click.option("--combiner-port", type=_PORT, default=12080, show_default=True, help="Port of the combiner; 0: any.")
+@click.option("--token", help="What clients must give as their token.  [default: every client may join]")
+@click.option("--rounds", type=_COUNT, help="Run a session of so many rounds, then end.")
+@click.option(
+    "--seed",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Model that the session starts from: a model file (.scm), or weights as written by numpy.savez (.npz).",
+)
+@click.option("--min-clients", type=_COUNT, default=1, show_default=True, help="Clients that a round waits for.")
+@click.option("--min-updates", type=_COUNT, default=1, show_default=True, help="Updates that a new model needs.")
+@click.option("--round-timeout", type=_SECONDS, default=300.0, show_default=True, help="Seconds to train in a round.")
+@debug_option
+@click.pass_context
+def localnet(
+    ctx: click.Context,
+    *,
+    folder: Path,
+    host: str,
+    api_port: int,
+    combiner_port: int,
+    token: str | None,
+    rounds: int | None,
+    seed: Path | None,
+    min_clients: int,
+    min_updates: int,
+    round_timeout: float,
+) -> int:
+    """Start a local Scaleout Edge network: REST API, combiner and, with --rounds, a session.
+
+    Clients of any version can join it. There is a line for each event. Ctrl-C ends it; without --rounds it
+    runs until then.
+
+    \b
+    Examples:
+      scaleout-mp localnet
+      scaleout-mp localnet --seed seed.npz --rounds 5 --min-clients 2 --min-updates 2
+      scaleout-mp localnet --folder ./network --token secret --api-port 0
+    """  # noqa: D301 - click reads the \b
+    require_extra("localnet")
+    if (rounds is None) != (seed is None):
+        raise click.UsageError("--rounds and --seed go together: a session needs both")
+    configure_logging(ctx)
+    from scaleout_mp.localnet import SessionPlan, serve
+
+    session = None
+    if rounds is not None:
+        session = SessionPlan(
+            rounds=rounds, min_clients=min_clients, min_updates=min_updates, round_timeout=round_timeout
+        )
+    work = serve(
+        folder,
+        on_line=click.echo,
+        host=host,
+        api_port=api_port,
+        combiner_port=combiner_port,
+        token=token,
+        session=session,
+        seed=None if seed is None else open_seed(seed),
+    )
+    return asyncio.run(_until_signal(work, session))
+
+
+async def _until_signal(work: Coroutine[None, None, SessionResult | None], session: SessionPlan | None) -> int:
+    """Await the network's end; Ctrl-C and SIGTERM are one."""
+    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        result = await task
+    except asyncio.CancelledError:
+        click.echo("local network stopped")
+        return 0
+    if session is None or result is None:
+        return 0
+    click.echo(f"the session's last model is {result.model_id}")
+    return 0 if result.finished else 1
+
+
+def open_seed(path: Path) -> ScaleoutModel:
+    """Open a model file, or make a model of arrays as numpy.savez writes them, in their order in the file.
+
+    Raises ModelFormatError that names the file.
+    """
+    import numpy as np
+
+    from scaleout_mp.model import ScaleoutModel
+
+    try:
+        if ScaleoutModel.detect_format_file(path) == "zip":
+            return ScaleoutModel.from_file(path)
+        with np.load(path, allow_pickle=False) as arrays:
+            return ScaleoutModel.from_training_model([arrays[name] for name in arrays.files])
+    except (ValueError, EOFError, AttributeError) as error:
+        raise ModelFormatError(f"{path} holds no model: {error}") from error

@@ -1,0 +1,1 @@
+"""A federated session to look at: four clients learn handwritten digits while some of their tasks misbehave."""
