@@ -288,3 +288,18 @@ def test_a_program_downloads_models_itself(net, model_id):
         edge.client.set_train_callback(callbacks.train)
         with edge.runtime.get_model_from_combiner(model_id) as model:
             assert model.model_id == model_id
+
+
+@pytest.mark.parametrize("start_method", ["template", "spawn"])
+def test_a_closure_over_the_client_works_with_either_start_method(net, start_method):
+    with RunningClient(net, start_method=start_method) as edge:
+        client, offset = edge.client, 40
+
+        def answer(parameters):
+            client.log_metric({"offset": offset})
+            return {"sum": offset + parameters["x"], "id": client.client_id}
+
+        client.set_custom_callback("answer", answer)
+        end = one_end(net, edge.issue("Custom_answer", parameters={"x": 2}))
+    assert end.response == {"sum": 42, "id": "id-edge"}
+    assert [event.metrics for event in net.events.of(MetricReceived)] == [{"offset": 40.0}]
