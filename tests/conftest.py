@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 
 import psutil
 import pytest
 
 
+def is_spare(process: psutil.Process) -> bool:
+    """Whether a process was forked ahead by a template, for a task that has not come. It ends with its template."""
+    parent = process.parent()
+    if parent is None or "scaleout_mp.worker.template" not in parent.cmdline():
+        return False
+    tag = resource.prlimit(process.pid, resource.RLIMIT_RTTIME)[1]
+    return process.cmdline() == parent.cmdline() and tag == resource.getrlimit(resource.RLIMIT_RTTIME)[1]
+
+
 def children() -> dict[int, str]:
-    """Return the descendants of the test process, by pid."""
+    """Return the descendants of the test process, by pid, without the spares of templates."""
     found = {}
     for child in psutil.Process().children(recursive=True):
         try:
-            if child.status() != psutil.STATUS_ZOMBIE:
+            if child.status() != psutil.STATUS_ZOMBIE and not is_spare(child):
                 found[child.pid] = " ".join(child.cmdline())
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, ProcessLookupError):
             continue
     return found
 

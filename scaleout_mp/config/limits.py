@@ -36,7 +36,7 @@ def parse_size(value: int | str, *, field: str) -> int:
 
     Raises ConfigError that names `field`.
     """
-    if not isinstance(value, int | str) or isinstance(value, bool):
+    if type(value) not in {int, str}:
         raise ConfigError(f'{field} must be a number of bytes or a string like "2GiB", not {value!r}')
     if isinstance(value, int):
         return value
@@ -50,7 +50,7 @@ def parse_size(value: int | str, *, field: str) -> int:
 def _seconds(value: float | None, *, field: str, zero: bool) -> float | None:
     if value is None:
         return None
-    if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value):
+    if type(value) not in {int, float} or math.isnan(value):
         raise ConfigError(f"{field} must be a number of seconds or None, not {value!r}")
     if value < 0 or (value == 0 and not zero):
         raise ConfigError(f"{field} must be {'at least' if zero else 'more than'} 0 seconds, not {value!r}")

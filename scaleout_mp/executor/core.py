@@ -51,7 +51,7 @@ class ExecutorCore:
         if start_method not in {"template", "spawn"}:
             raise ConfigError(f'start_method must be "template" or "spawn", not {start_method!r}')
         most = default_concurrency() if max_concurrent_tasks is None else max_concurrent_tasks
-        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+        if type(most) is not int or most < 1:
             raise ConfigError(f"max_concurrent_tasks must be a whole number above 0, not {max_concurrent_tasks!r}")
         self._limits = limits or Limits()
         self._launcher = launcher or TemplateLauncher(start_method=start_method, preload=preload)
@@ -148,11 +148,16 @@ class ExecutorCore:
         while self._running:
             await asyncio.wait(list(self._running.values()))
 
-    async def aclose(self, reason: str = "the executor is closing") -> None:
-        """Abort what runs, wait until every tree is gone, end the launcher."""
+    async def aclose(self, reason: str = "the executor is closing", *, kill: bool = False) -> None:
+        """Abort what runs, wait until every tree is gone, end the launcher. `kill`: without any grace.
+
+        May be called again, to kill what an earlier call waits for.
+        """
         self._closing = True
         for execution in list(self._running):
             execution.abort(AbortOrigin.CLIENT, reason)
+            if kill:
+                execution.kill()
         await self.wait_idle()
         await self._launcher.close()
         self._relay.close()

@@ -98,6 +98,8 @@ class Execution:
         self._outcome: asyncio.Future[Outcome] = self._loop.create_future()
         #: Done as soon as somebody wants the task to end.
         self.stop_requested: asyncio.Future[None] = self._loop.create_future()
+        #: Done when the grace of a stop is called off.
+        self._hurry: asyncio.Future[None] = self._loop.create_future()
 
     # --- For callers -----------------------------------------------------------------------------------------------
 
@@ -135,6 +137,11 @@ class Execution:
         """Ask the task to stop, and see to it that it does. Further calls change nothing."""
         text = reason or _ABORT_TEXT[origin]
         self._stop(StopCause(reason=origin.end_reason, message=text), abort_text=text)
+
+    def kill(self) -> None:
+        """Call off the grace of a task that was aborted: it is killed now."""
+        if not self._hurry.done():
+            self._hurry.set_result(None)
 
     async def outcome(self) -> Outcome:
         """Wait until the task is gone with all its descendants. Cancelling the wait leaves the task alone."""
@@ -298,7 +305,8 @@ class Execution:
         assert child is not None
         assert channel is not None
         # Before it is started there is nothing to signal.
-        await asyncio.wait([child.started], timeout=max(grace, _START_GRACE))
+        waits: list[asyncio.Future[Any]] = [child.started, self._hurry]
+        await asyncio.wait(waits, timeout=max(grace, _START_GRACE), return_when=asyncio.FIRST_COMPLETED)
         if not child.started.done():
             self._launcher.abandon(self.task_id)
         await ladder.climb(
@@ -306,6 +314,7 @@ class Execution:
             grace=grace,
             ask=lambda: channel.send(frames.encode(Kind.ABORT, abort_text)),
             gone=child.exited,
+            hurry=self._hurry,
             on_stage=self._on_stage,
         )
 

@@ -22,27 +22,29 @@ async def climb(
     grace: float,
     ask: Callable[[], None],
     gone: asyncio.Future[Any],
+    hurry: asyncio.Future[None],
     on_stage: Callable[[StopStage], None],
 ) -> None:
     """Stop a task; returns when its first process is gone. What it left behind is `sweep`'s.
 
     `grace` is in seconds: `ask` is called at once, SIGTERM goes to the tree after half of it, SIGKILL at its end.
-    `gone` is done, in whatever way, when the first process was reaped.
+    `gone` is done, in whatever way, when the first process was reaped; `hurry` when the grace is called off.
     """
     deadline = asyncio.get_running_loop().time() + grace
     if grace > 0:
         on_stage(StopStage.ABORT)
         ask()
-        if await _done_by(gone, deadline - grace / 2):
+        if await _done_by(gone, hurry, deadline - grace / 2):
             return
-        on_stage(StopStage.SIGTERM)
-        await asyncio.to_thread(tree.signal_tagged, tag, SIGTERM)
-        if await _done_by(gone, deadline):
-            return
+        if not hurry.done():
+            on_stage(StopStage.SIGTERM)
+            await asyncio.to_thread(tree.signal_tagged, tag, SIGTERM)
+            if await _done_by(gone, hurry, deadline):
+                return
     on_stage(StopStage.SIGKILL)
     while not gone.done():
         await sweep(tag)
-        await _done_by(gone, asyncio.get_running_loop().time() + 1)
+        await asyncio.wait([gone], timeout=1)
 
 
 async def sweep(tag: int) -> int:
@@ -56,7 +58,8 @@ async def sweep(tag: int) -> int:
             logger.error("task tree survives SIGKILL: %s", error, extra={"action": "tree_survives"})  # noqa: TRY400
 
 
-async def _done_by(gone: asyncio.Future[Any], deadline: float) -> bool:
+async def _done_by(gone: asyncio.Future[Any], hurry: asyncio.Future[None], deadline: float) -> bool:
+    """Wait until the process is gone, somebody is in a hurry or the deadline is there; True when it is gone."""
     seconds = deadline - asyncio.get_running_loop().time()
-    await asyncio.wait([gone], timeout=max(0.0, seconds))
+    await asyncio.wait([gone, hurry], timeout=max(0.0, seconds), return_when=asyncio.FIRST_COMPLETED)
     return gone.done()

@@ -239,4 +239,3 @@ class TaskExecutor:
                 return
             ready.set_result(None)
             self._loop.run_forever()
-

@@ -17,7 +17,7 @@ from scaleout_mp.ipc.frames import MAX_DESCRIPTORS, Frame, FrameDecoder, Kind
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-READ_SIZE: Final = 1 << 18
+READ_SIZE: Final = 1 << 16
 _ANCILLARY: Final = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
 
 

@@ -88,7 +88,7 @@ class _Encoder:
             raise ValueNotSendable(f"an array of dtype {array.dtype} cannot be returned from a task")
         order: Literal["C", "F"] = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
         flat = np.asarray(array, order=order).reshape(-1, order=order)
-        self.arrays.append(memoryview(flat.view(np.uint8)) if flat.nbytes else memoryview(b""))
+        self.arrays.append(flat.view(np.uint8).data if flat.nbytes else memoryview(b""))
         return self.pack([array.dtype.str, list(array.shape), order, len(self.arrays)])
 
 

@@ -265,7 +265,8 @@ def _read_central(
 
 def _decode_name(raw: bytes, flags: int) -> str:
     try:
-        name = raw.decode("utf-8" if flags & FLAG_UTF8 else "cp437")
+        # The two agree on ASCII, and cp437 is a module to import, in every task anew.
+        name = raw.decode("utf-8" if flags & FLAG_UTF8 or raw.isascii() else "cp437")
     except UnicodeDecodeError as error:
         raise ModelFormatError("an entry's name is not UTF-8") from error
     if not name or "\0" in name:

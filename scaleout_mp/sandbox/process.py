@@ -77,7 +77,7 @@ def _write(path: str, data: bytes) -> None:
 def _read(path: str) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return os.read(descriptor, 4096)
+        return b"".join(iter(lambda: os.read(descriptor, 1 << 14), b""))
     finally:
         os.close(descriptor)
 
@@ -103,12 +103,12 @@ def thread_count() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def has_children() -> bool:
-    """Whether this single-threaded process has a child that it has not reaped; True where the kernel doesn't say."""
+def children() -> list[int] | None:
+    """Return the pids of this single-threaded process's children, zombies included; None where it can't be told."""
     try:
-        return bool(_read(f"/proc/self/task/{os.getpid()}/children").strip())
+        return [int(pid) for pid in _read(f"/proc/self/task/{os.getpid()}/children").split()]
     except OSError:
-        return True
+        return None
 
 
 def changed_signals() -> list[int]:

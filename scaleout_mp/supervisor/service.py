@@ -298,7 +298,7 @@ class ClientService:
     async def _clean_up(self) -> None:
         self._abort_all(ENDING)
         await _cancelled([task for _, task in self._jobs.values()])
-        await self._core.aclose()
+        await self._core.aclose(kill=self._end_now.done())
         await self._outbox.aclose()
         await self._calls.aclose()
 

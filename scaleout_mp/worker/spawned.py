@@ -7,6 +7,7 @@ as descriptor 4, the module search path, the pickled callable and what the proce
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import fcntl
 import os
 import pickle
@@ -72,8 +73,10 @@ def main() -> NoReturn:
     os.set_inheritable(CHANNEL_DESCRIPTOR, False)
     confinement = Confinement(**confinement_fields)
     process.reset_signals(process.changed_signals())
+    faulthandler.enable(file=2)
     os.setsid()
-    task.confine(confinement, template)
+    process.die_with_parent(template)
+    task.confine(confinement)
     sys.path[:] = search_path
 
     def load() -> Callable[..., Any]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import faulthandler
 import logging
 import os
-import random
 import socket
 import sys
 import threading
@@ -61,9 +59,8 @@ def arrange_descriptors(channel: int, stdout: int, stderr: int) -> None:
     os.closerange(CHANNEL_DESCRIPTOR + 1, 1 << 20)
 
 
-def confine(confinement: Confinement, parent: int) -> None:
-    """Apply what must hold before user code runs. `parent` is the template's pid."""
-    process.die_with_parent(parent)
+def confine(confinement: Confinement) -> None:
+    """Apply what must hold before user code runs."""
     tree.wear_tag(confinement.tag)
     process.forbid_core_files()
     process.prefer_for_oom_kill()
@@ -77,7 +74,8 @@ def run(load: Callable[[], Callable[..., Any]], confinement: Confinement) -> NoR
 
     `load` gives the callable; what it raises is reported like an error of the callable itself.
     """
-    channel = ChildChannel(socket.socket(fileno=CHANNEL_DESCRIPTOR))
+    # With the family given, the socket module does not ask the kernel for it.
+    channel = ChildChannel(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, CHANNEL_DESCRIPTOR))
     code = 1
     try:
         frame = _first_frame(channel)
@@ -102,11 +100,9 @@ def _first_frame(channel: ChildChannel) -> Frame:
 
 
 def _prepare_interpreter() -> None:
-    faulthandler.enable(file=2)
     # Line by line, so that the last words before a SIGKILL are out. New ones: the old may think they write to a file.
     sys.stdout = sys.__stdout__ = _line_stream(1)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = _line_stream(2)  # type: ignore[misc]
-    random.seed()
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         # Python's own generator is seeded anew by fork; numpy's global one would repeat in every task.

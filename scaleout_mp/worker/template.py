@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import gc
 import importlib
 import os
@@ -18,11 +19,11 @@ import signal
 import socket
 import sys
 import traceback
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 from scaleout_mp.errors import ChannelError
 from scaleout_mp.ipc import frames
-from scaleout_mp.ipc.channel import ChildChannel, close_all
+from scaleout_mp.ipc.channel import ChildChannel, channel_pair, close_all
 from scaleout_mp.ipc.frames import Frame, Kind
 from scaleout_mp.sandbox import process, tree
 from scaleout_mp.worker import task
@@ -31,6 +32,10 @@ from scaleout_mp.worker.task import Confinement
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+#: Rounds of killing what is left, two milliseconds each.
+_LAST_ROUNDS: Final = 500
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,14 @@ class _NotLoaded:
         return cls(problem=f"{type(error).__name__}: {error}"[: task.MAX_MESSAGE], traceback=shown)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Spare:
+    """A process that was forked ahead and waits for its task's order."""
+
+    pid: int
+    orders: ChildChannel
+
+
 class Template:
     """State of the template process."""
 
@@ -59,6 +72,7 @@ class Template:
         self._changed_signals: list[int] = []
         self._pickles: dict[str, bytes] = {}
         self._loaded: dict[str, Callable[..., Any] | _NotLoaded] = {}
+        self._spare: _Spare | None = None
         #: pid of each task's first process -> (task id, tag).
         self._tasks: dict[int, tuple[str, int]] = {}
         self._wakeup, self._wakeup_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -72,7 +86,11 @@ class Template:
         poll.register(self._wakeup, select.POLLIN)
         try:
             while True:
-                ready = {descriptor for descriptor, _ in poll.poll()}
+                events = poll.poll(0)
+                if not events:
+                    self._keep_spare()
+                    events = poll.poll()
+                ready = {descriptor for descriptor, _ in events}
                 if self._wakeup in ready:
                     with contextlib.suppress(BlockingIOError):
                         os.read(self._wakeup, 4096)
@@ -122,6 +140,8 @@ class Template:
         self._channel.send(frames.encode(Kind.READY, problems, self._check_forkable()))
 
     def _load(self, key: str, pickled: bytes) -> None:
+        # It was forked before this callable was there.
+        self._drop_spare()
         self._pickles[key] = pickled
         while len(self._pickles) > frames.MAX_LOADED:
             oldest = next(iter(self._pickles))
@@ -167,13 +187,12 @@ class Template:
     # --- Tasks ---------------------------------------------------------------------------------------------------
 
     def _start(self, frame: Frame) -> None:
-        task_id, key, tag, memory_limit, log_level = frame.fields
-        confinement = Confinement(tag=tag, memory_limit=memory_limit, log_level=log_level)
+        task_id, key, tag, *_ = frame.fields
         try:
             if self._spawn:
-                pid = start_interpreter(frame.descriptors, confinement, self._search_path, self._pickles[key])
+                pid = start_interpreter(frame.descriptors, _confinement(frame), self._search_path, self._pickles[key])
             else:
-                pid = self._fork(key, confinement, frame.descriptors)
+                pid = self._use_spare(frame) or self._fork(lambda: frame)
         except OSError as error:
             self._channel.send(frames.encode(Kind.NOT_STARTED, task_id, f"cannot start a process: {error}"))
             return
@@ -182,7 +201,8 @@ class Template:
         self._tasks[pid] = (task_id, tag)
         self._channel.send(frames.encode(Kind.STARTED, task_id, pid, "spawn" if self._spawn else "template"))
 
-    def _fork(self, key: str, confinement: Confinement, descriptors: list[int]) -> int:
+    def _fork(self, order: Callable[[], Frame | None]) -> int:
+        """Fork a process for the task that `order`, called in the child, returns; None: there is none."""
         for stream in (sys.stdout, sys.stderr):
             # What the user's imports printed would be printed again by every child.
             stream.flush()
@@ -192,15 +212,62 @@ class Template:
         try:
             # Signals first: a handler of the template must not run here.
             process.reset_signals(self._changed_signals)
+            process.die_with_parent(self._pid)
             os.setsid()
-            task.confine(confinement, self._pid)
-            task.arrange_descriptors(*descriptors)
-            task.run(lambda: self._take(key), confinement)
+            frame = order()
+            if frame is not None:
+                task.confine(_confinement(frame))
+                task.arrange_descriptors(*frame.descriptors)
+                task.run(lambda: self._take(frame.fields[1]), _confinement(frame))
         except BaseException:  # noqa: BLE001 - whatever it is, this process must not go on as a template
             with contextlib.suppress(Exception):
                 traceback.print_exc()
         finally:
             os._exit(1)
+
+    # --- The spare -----------------------------------------------------------------------------------------------
+
+    def _keep_spare(self) -> None:
+        """While there is nothing else to do, fork the process of the next task: it then starts without the wait."""
+        if self._spawn or self._spare is not None or not self._loaded:
+            return
+        ours, theirs = channel_pair()
+        orders = ChildChannel(theirs)
+
+        def order() -> Frame | None:
+            # Its copies of the template's own ends would hide the template's death.
+            ours.close()
+            self._channel.close()
+            return orders.receive()
+
+        try:
+            pid = self._fork(order)
+        except OSError:
+            # No room for another process now; the next task will say so if that lasts.
+            ours.close()
+        else:
+            self._spare = _Spare(pid=pid, orders=ChildChannel(ours))
+        finally:
+            orders.close()
+
+    def _use_spare(self, frame: Frame) -> int | None:
+        spare, self._spare = self._spare, None
+        if spare is None:
+            return None
+        try:
+            spare.orders.send(frames.encode(frame.kind, *frame.fields, descriptors=3), frame.descriptors)
+        except ChannelError:
+            # Somebody killed it.
+            return None
+        finally:
+            spare.orders.close()
+        return spare.pid
+
+    def _drop_spare(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            # It leaves when its channel is closed.
+            spare.orders.close()
 
     def _take(self, key: str) -> Callable[..., Any]:
         loaded = self._loaded[key]
@@ -227,35 +294,38 @@ class Template:
                 "code": code,
                 "cpu_seconds": usage.ru_utime + usage.ru_stime,
                 "max_rss": usage.ru_maxrss * 1024,
-                "strays": process.has_children(),
+                "strays": self._has_strays(),
             }
             self._channel.send(frames.encode(Kind.EXITED, ended[0], facts))
+
+    def _has_strays(self) -> bool:
+        """Whether there is a child that is no task's first process: an orphan of some task. True when unknown."""
+        children = process.children()
+        spare = None if self._spare is None else self._spare.pid
+        return children is None or any(pid not in self._tasks and pid != spare for pid in children)
 
     def _end_everything(self) -> None:
         for _, tag in list(self._tasks.values()):
             with contextlib.suppress(TimeoutError):
                 tree.kill_tagged(tag)
-        # Orphans of tasks that have been reported already are ours as well.
-        deadline = 100
-        while process.has_children() and deadline:
-            deadline -= 1
-            _kill_children()
+        # What is left are orphans, of tasks that have been reported already, and the spare.
+        for _ in range(_LAST_ROUNDS):
+            children = process.children()
+            if not children:
+                return
+            for pid in children:
+                # A child keeps its pid until it is reaped here: no race.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             with contextlib.suppress(ChildProcessError):
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
             select.poll().poll(2)
 
 
-def _kill_children() -> None:
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children", "rb") as file:
-            children = [int(pid) for pid in file.read().split()]
-    except OSError:
-        return
-    for pid in children:
-        # Children of this process keep their pid until it reaps them: no race.
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+def _confinement(frame: Frame) -> Confinement:
+    _, _, tag, memory_limit, log_level = frame.fields
+    return Confinement(tag=tag, memory_limit=memory_limit, log_level=log_level)
 
 
 def _cuda_started() -> bool:
@@ -272,6 +342,8 @@ def main() -> NoReturn:
     # A terminal's Ctrl-C is the supervisor's to interpret.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     process.adopt_orphans()
+    # Of this process, and by inheritance of every task: the Python stack at the moment of a crash.
+    faulthandler.enable(file=2)
     Template(ChildChannel(sock)).serve()
 
 

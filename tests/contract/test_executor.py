@@ -137,7 +137,7 @@ def test_arguments_can_be_changed_without_changing_the_callers(executor):
 
 
 def test_what_cannot_come_back_names_its_type(executor):
-    with pytest.raises(TaskFailed, match="a builtins.object cannot be returned from a task") as caught:
+    with pytest.raises(TaskFailed, match=r"a builtins.object cannot be returned from a task") as caught:
         executor.submit(programs.return_object).result(20)
     assert caught.value.report.error_type == "ValueNotSendable"
 
