@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from scaleout_mp.cli.options import debug_option
 @click.option("--faults/--no-faults", default=True, help="Let tasks misbehave, or not.  [default: --faults]")
 @click.option("--json", "as_json", is_flag=True, help="Write the summary to stdout as JSON, all else to stderr.")
 @debug_option
-def demo(rounds: int, folder: Path | None, faults: bool, as_json: bool) -> int:
+@click.pass_context
+def demo(ctx: click.Context, *, rounds: int, folder: Path | None, faults: bool, as_json: bool) -> int:
     """Watch a federated session survive tasks that misbehave.
 
     Starts a local network and four clients that learn handwritten digits together, with no other machine and no
@@ -45,8 +47,10 @@ def demo(rounds: int, folder: Path | None, faults: bool, as_json: bool) -> int:
     from scaleout_mp.demo.summary import print_summary
 
     stream = sys.stderr if as_json else sys.stdout
+    level = logging.DEBUG if ctx.obj else logging.WARNING
+    options = DemoOptions(rounds=rounds, folder=folder, faults=faults, log_level=level)
     try:
-        result = run_demo(DemoOptions(rounds=rounds, folder=folder, faults=faults), stream=stream)
+        result = run_demo(options, stream=stream)
     except DemoStopped:
         click.echo("stopped", err=True)
         return 130

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,10 +123,12 @@ def open_seed(path: Path) -> ScaleoutModel:
 
     from scaleout_mp.model import ScaleoutModel
 
+    if not zipfile.is_zipfile(path):
+        raise ModelFormatError(f"{path} is neither a model file nor an .npz file")
     try:
         if ScaleoutModel.detect_format_file(path) == "zip":
             return ScaleoutModel.from_file(path)
         with np.load(path, allow_pickle=False) as arrays:
             return ScaleoutModel.from_training_model([arrays[name] for name in arrays.files])
-    except (ValueError, EOFError, AttributeError) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ModelFormatError(f"{path} holds no model: {error}") from error

@@ -78,6 +78,8 @@ def feeding(runtime: GrpcEdgeClientRuntime, descriptor: int) -> Iterator[None]:
             except BlockingIOError:
                 continue
             except BrokenPipeError:
+                # At once, which is what the second call means: the network is gone too, nobody hears a goodbye.
+                runtime.stop()
                 runtime.stop()
                 return
 

@@ -166,8 +166,8 @@ class Fleet:
         for client in self._clients:
             if client.exit_code is not None:
                 raise DemoError(
-                    f"{client.spec.name} ended with exit code {client.exit_code}; "
-                    f"its log {client.spec.log} ends with: {client.last_words()}"
+                    f"{client.spec.name} is gone (exit code {client.exit_code}); its log, which --folder keeps, ends "
+                    f"with: {client.last_words()}"
                 )
 
     def stop(self, *, patience: float, hurry: Callable[[], bool] = lambda: False) -> tuple[ClientExit, ...]:

@@ -57,6 +57,8 @@ class DemoOptions:
     memory: str = "128MiB"
     #: Seconds that training may take in one round: a task that hangs is ended then.
     round_timeout: float = 8.0
+    #: What of this process goes to demo.log, as a level of the logging module.
+    log_level: int = logging.WARNING
 
 
 def run_demo(options: DemoOptions, *, stream: TextIO) -> DemoResult:
@@ -66,7 +68,11 @@ def run_demo(options: DemoOptions, *, stream: TextIO) -> DemoResult:
     """
     Limits(memory=options.memory)
     planned = plan_faults(CLIENTS, options.rounds) if options.faults else ()
-    with stop_request() as stop, _workplace(options.folder) as folder, _log_file(folder / "demo.log"):
+    with (
+        stop_request() as stop,
+        _workplace(options.folder) as folder,
+        _log_file(folder / "demo.log", options.log_level),
+    ):
         return _Demo(options, planned, folder=folder, stop=stop, view=make_view(stream)).run()
 
 
@@ -231,14 +237,17 @@ def _workplace(folder: Path | None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _log_file(path: Path) -> Iterator[None]:
+def _log_file(path: Path, level: int) -> Iterator[None]:
     """Send this process's log to a file during the block: on the terminal it would tear the table."""
     handler = logging.FileHandler(path, mode="w", encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
+    before = root.level
     root.addHandler(handler)
+    root.setLevel(level)
     try:
         yield
     finally:
+        root.setLevel(before)
         root.removeHandler(handler)
         handler.close()

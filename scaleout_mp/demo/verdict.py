@@ -83,7 +83,7 @@ def _rounds(seen: Observations) -> Check:
     problems += [f"round {result.number}, attempt {result.attempt}: {result.status}" for result in bad]
     if not problems and len(seen.scores) != seen.rounds:
         problems.append(f"{len(seen.scores)} did")
-    return _check(f"{seen.rounds} rounds finished", problems)
+    return _check(f"{seen.rounds} round{'s' if seen.rounds > 1 else ''} finished", problems)
 
 
 def _accuracy(seen: Observations) -> Check:
