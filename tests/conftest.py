@@ -2,45 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import time
 
-import psutil
 import pytest
-
-
-def is_spare(process: psutil.Process) -> bool:
-    """Whether a process was forked ahead by a template, for a task that has not come. It ends with its template."""
-    parent = process.parent()
-    if parent is None or "scaleout_mp.worker.template" not in parent.cmdline():
-        return False
-    tag = resource.prlimit(process.pid, resource.RLIMIT_RTTIME)[1]
-    return process.cmdline() == parent.cmdline() and tag == resource.getrlimit(resource.RLIMIT_RTTIME)[1]
-
-
-def children() -> dict[int, str]:
-    """Return the descendants of the test process, by pid, without the spares of templates."""
-    found = {}
-    for child in psutil.Process().children(recursive=True):
-        try:
-            if child.status() != psutil.STATUS_ZOMBIE and not is_spare(child):
-                found[child.pid] = " ".join(child.cmdline())
-        except (psutil.NoSuchProcess, ProcessLookupError):
-            continue
-    return found
-
-
-def wait_until(condition, *, seconds: float = 5.0, what: str = "the condition"):
-    """Return the first true value of `condition()`; fail the test when there is none in time."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > deadline:
-            pytest.fail(f"{what} did not hold within {seconds} s")
-        time.sleep(0.005)
+from observing import children
 
 
 @pytest.fixture(autouse=True)
@@ -53,14 +18,3 @@ def no_process_left():
         if time.monotonic() > deadline:
             pytest.fail(f"processes are left: {left}")
         time.sleep(0.01)
-
-
-def open_descriptors() -> dict[int, str]:
-    """Return what each descriptor of this process points to."""
-    found = {}
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
-        except OSError:
-            continue
-    return found

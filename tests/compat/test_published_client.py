@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,16 @@ pytestmark = [
 ]
 
 
+PUBLISHED_IMPORTS = """from scaleout import EdgeClient
+from scaleout.client.edge_client import ConnectToApiResult
+from scaleoututil.helpers.helpers import get_helper
+from scaleoututil.utils.model import ScaleoutModel
+"""
+OUR_IMPORTS = """from scaleout_mp import ConnectToApiResult, EdgeClient, ScaleoutModel
+from scaleout_mp.model import get_helper
+"""
+
+
 class PublishedClient:
     """A published client as a subprocess; a context manager that ends it by SIGTERM."""
 
@@ -43,8 +54,10 @@ class PublishedClient:
         self.client_id = f"id-{name}"
         self._folder = folder / name
         self._folder.mkdir()
-        self._command = [str(PYTHON), str(Path(__file__).with_name("published_client.py"))]
-        self._command += [net.api_url, name, str(examples), token]
+        self._command = [*self.program(), net.api_url, name, str(examples), token]
+
+    def program(self):
+        return [str(PYTHON), str(Path(__file__).with_name("published_client.py"))]
 
     def __enter__(self):
         settings = {"SCALEOUT_GRPC_SECURE": "false", "SCALEOUT_CLIENT_TASK_POLLING_INTERVAL": "1"}
@@ -74,6 +87,17 @@ class PublishedClient:
             print(f"--- output of {self.client_id}\n{self.output()}")
 
 
+class OurClient(PublishedClient):
+    """The same script, with nothing changed but its imports."""
+
+    def program(self):
+        source = Path(__file__).with_name("published_client.py").read_text()
+        assert PUBLISHED_IMPORTS in source
+        script = self._folder / "our_client.py"
+        script.write_text(source.replace(PUBLISHED_IMPORTS, OUR_IMPORTS))
+        return [sys.executable, str(script)]
+
+
 @pytest.fixture
 def seed():
     arrays = [np.zeros(3, np.float32), np.zeros((2, 2), np.float32)]
@@ -81,12 +105,13 @@ def seed():
         yield model
 
 
+@pytest.mark.parametrize("second", [PublishedClient, OurClient])
 @pytest.mark.parametrize("token", ["", TOKEN], ids=["open", "token"])
-def test_published_clients_train_in_a_session(tmp_path, seed, token):
+def test_published_clients_train_in_a_session(tmp_path, seed, token, second):
     folder = tmp_path / "net"
     with LocalNetworkThread(folder, token=token or None, accepted_versions={"1.0.7"}) as net:
         a = PublishedClient(net, tmp_path, "a", examples=10, token=token)
-        b = PublishedClient(net, tmp_path, "b", examples=30, token=token)
+        b = second(net, tmp_path, "b", examples=30, token=token)
         with a, b:
             net.wait_for_clients(2, timeout=40)
             plan = SessionPlan(

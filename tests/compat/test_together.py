@@ -46,7 +46,14 @@ assert checked > 60, checked
 
 @pytest.mark.compat
 def test_the_generated_code_is_what_the_compiler_makes(compat_python, tmp_path):
-    command = [compat_python, "-m", "grpc_tools.protoc", "-Iprotos", f"--python_out={tmp_path}", f"--pyi_out={tmp_path}"]
+    command = [
+        compat_python,
+        "-m",
+        "grpc_tools.protoc",
+        "-Iprotos",
+        f"--python_out={tmp_path}",
+        f"--pyi_out={tmp_path}",
+    ]
     subprocess.run([*command, "protos/scaleout_mp/wire/edge.proto"], check=True, timeout=60, cwd=ROOT)
     for name in ("edge_pb2.py", "edge_pb2.pyi"):
         made = (tmp_path / "scaleout_mp" / "wire" / name).read_bytes()

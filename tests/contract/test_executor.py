@@ -14,7 +14,7 @@ import numpy as np
 import programs
 import psutil
 import pytest
-from conftest import open_descriptors, wait_until
+from observing import open_descriptors, wait_until
 
 from scaleout_mp import (
     CallbackNotSendable,

@@ -6,9 +6,10 @@ import time
 
 import edge_callbacks as callbacks
 import numpy as np
+import programs
 import pytest
-from conftest import wait_until
 from edge_running import POLLING, RunningClient
+from observing import wait_until
 
 from scaleout_mp import Limits, ScaleoutModel
 from scaleout_mp.localnet import Fault, LocalNetworkThread, RunStatus, SessionPlan
@@ -267,10 +268,37 @@ def test_a_live_view_sees_task_memory_and_metrics(net, model_id):
     assert (seen.memory_limit, seen.last_metrics, seen.last_step) == (1 << 30, {"ready": 1.0}, 0)
 
 
-def test_polls_and_heartbeats_are_on_time_whatever_a_callback_does(net, model_id):
+def test_polls_and_heartbeats_are_on_time_while_a_callback_holds_the_interpreter(net, model_id):
     with RunningClient(net, run={"with_heartbeat": True}, heartbeat_interval=0.2) as edge:
         edge.client.set_train_callback(callbacks.Worker(edge.client).hold_gil)
         assert one_end(net, edge.issue(model_id=model_id, settings={"seconds": 1})).status == "COMPLETED"
+    assert net.events.largest_gap(PollReceived, edge.id) < POLLING + 0.2
+    assert net.events.largest_gap(HeartbeatReceived, edge.id) < 0.2 + 0.2
+
+
+@pytest.mark.parametrize(
+    ("program", "reason", "says"),
+    [
+        (programs.segfault, "crashed", "SIGSEGV"),
+        (programs.exit_zero, "crashed", "exited with code 0 before it returned a result"),
+        (programs.kill_self, "crashed", "SIGKILL"),
+        (programs.system_exit, "failed", "SystemExit"),
+        (programs.raise_base_exception, "failed", "BaseException: out of everything"),
+        (programs.allocate, "memory_limit", "limit of 256 MiB"),
+        (programs.spin, "wall_time", "wall-clock limit of 0.8 s"),
+    ],
+)
+def test_polls_and_heartbeats_are_on_time_whatever_a_callback_does(net, model_id, program, reason, says):
+    limits = Limits(memory="256MiB", wall_time=0.8, abort_grace=0.4)
+    with RunningClient(net, run={"with_heartbeat": True}, heartbeat_interval=0.2, limits=limits) as edge:
+        edge.client.set_train_callback(lambda _model, _settings: program())
+        report = one_end(net, edge.issue(model_id=model_id))
+        assert report.status == "FAILED"
+        assert report.response["reason"] == reason
+        assert says in report.response["error"]
+        # The client goes on as before.
+        edge.client.set_train_callback(callbacks.train)
+        assert one_end(net, edge.issue(model_id=model_id)).status == "COMPLETED"
     assert net.events.largest_gap(PollReceived, edge.id) < POLLING + 0.2
     assert net.events.largest_gap(HeartbeatReceived, edge.id) < 0.2 + 0.2
 

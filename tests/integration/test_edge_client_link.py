@@ -12,8 +12,8 @@ import edge_callbacks as callbacks
 import grpc
 import numpy as np
 import pytest
-from conftest import open_descriptors, wait_until
 from edge_running import POLLING, RunningClient
+from observing import open_descriptors, wait_until
 
 from scaleout_mp import (
     CallbackNotSendable,

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from conftest import wait_until
+from observing import wait_until
 
 from scaleout_mp import ScaleoutModel
 from scaleout_mp.localnet import LocalNetworkThread

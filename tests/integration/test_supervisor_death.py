@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import wait_until
+from observing import wait_until
 
 SCRIPT = """
 import sys, time
