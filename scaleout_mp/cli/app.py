@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import traceback
 from typing import TYPE_CHECKING, Final
@@ -68,9 +67,6 @@ def app(ctx: click.Context, debug: bool) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: sys.argv) and return the exit code. Errors of ours take one line."""
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
-    if not debug:
-        # gRPC writes to stderr by itself what the errors below say better. It reads this when it is imported.
-        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         code = app.main(args=arguments, prog_name="scaleout-mp", standalone_mode=False)
     except click.ClickException as error:

@@ -27,9 +27,8 @@ class TaskView:
     type: str
     #: pending, downloading, running, uploading or reporting; stopping when it is being killed.
     state: str
-    #: Bytes of its own, now and at most so far.
+    #: Bytes of its own.
     memory: int
-    peak: int
     #: Bytes; None: no limit.
     limit: int | None
     step: int | None
@@ -44,7 +43,6 @@ def encode(snapshot: ClientSnapshot) -> bytes:
             type=task.type,
             state="stopping" if task.process_state == "stopping" else task.phase,
             memory=task.memory_now,
-            peak=task.memory_peak,
             limit=task.memory_limit,
             step=task.last_step,
             metrics=dict(task.last_metrics),

@@ -67,8 +67,6 @@ class ClientProcess:
     def __init__(self, spec: ClientSpec, command: Sequence[str], environment: dict[str, str]) -> None:
         self.spec = spec
         self._tasks: tuple[feed.TaskView, ...] = ()
-        #: The largest memory that was seen of any task, in bytes.
-        self.memory_peak = 0
         read_end, write_end = os.pipe()
         try:
             with open(spec.log, "wb") as log:
@@ -93,9 +91,7 @@ class ClientProcess:
     def _read(self, descriptor: int) -> None:
         with open(descriptor, "rb") as pipe:
             for line in pipe:
-                tasks = feed.decode(line)
-                self.memory_peak = max([self.memory_peak, *(task.peak for task in tasks)])
-                self._tasks = tasks
+                self._tasks = feed.decode(line)
         self._tasks = ()
 
     @property

@@ -66,7 +66,8 @@ class View(Protocol):
 def make_view(stream: TextIO) -> View:
     """Return the view that fits the stream."""
     console = Console(file=stream, highlight=False)
-    return LiveView(console) if stream.isatty() and not console.is_dumb_terminal else PlainView(stream)
+    can_draw = stream.isatty() and not console.is_dumb_terminal and not console.options.ascii_only
+    return LiveView(console) if can_draw else PlainView(stream)
 
 
 class PlainView:
