@@ -127,6 +127,8 @@ class TemplateLauncher:
                 [sys.executable, "-m", "scaleout_mp.worker.template"],
                 stdin=theirs.fileno(),
                 env={**os.environ, **dict.fromkeys(_ONE_THREAD, "1")},
+                # Out of reach of what a terminal, or `timeout`, sends to a process group.
+                start_new_session=True,
             )
         ready = asyncio.get_running_loop().create_future()
         ready.add_done_callback(lambda done: done.cancelled() or done.exception())

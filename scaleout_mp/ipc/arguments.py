@@ -45,7 +45,8 @@ def prepare(function: Callable[..., Any]) -> PreparedCallable:
     try:
         pickled = cloudpickle.dumps(function)
     except Exception as error:
-        culprit = _find_culprit(function)
+        # Past our own wrapper, to what the user knows.
+        culprit = _find_culprit(getattr(function, "callback", function))
         raise CallbackNotSendable(
             f"callback {name} cannot be sent to a task process: it captures {culprit} ({_one_line(error)}). "
             "Create such objects inside the callback, or in a module that it imports.",

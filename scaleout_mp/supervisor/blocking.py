@@ -13,15 +13,21 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+def _loop_runs_here() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
 def run_blocking(make: Callable[[], Coroutine[Any, Any, T]], *, on_interrupt: Callable[[], None] | None = None) -> T:
     """Run a coroutine to its end on a loop of its own and return its result.
 
     In this thread, or, when a loop runs in it, in another one; there Ctrl-C calls `on_interrupt` instead of
     raising.
     """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    if not _loop_runs_here():
         with asyncio.Runner() as runner:
             return runner.run(make())
     result: concurrent.futures.Future[T] = concurrent.futures.Future()

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from scaleout_mp.config import Limits, Settings
-from scaleout_mp.errors import ConfigError, NotConnectedError, ScaleoutError
+from scaleout_mp.errors import AuthenticationError, CallbackNotSendable, ConfigError, NotConnectedError, ScaleoutError
 from scaleout_mp.executor.core import default_concurrency
 from scaleout_mp.supervisor import connecting, messages
 from scaleout_mp.supervisor.blocking import run_blocking
@@ -232,6 +232,9 @@ class GrpcEdgeClientRuntime:
             self._running = True
         try:
             run_blocking(lambda: self._main(plan, client), on_interrupt=self._interrupt)
+        except (ConfigError, CallbackNotSendable, AuthenticationError) as error:
+            # The user's mistake, told in its last line: our own frames below this one would only bury it.
+            raise error.with_traceback(None) from None
         finally:
             with self._lock:
                 self._running = self._stop_asked = False

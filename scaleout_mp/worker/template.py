@@ -339,8 +339,9 @@ def main() -> NoReturn:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-    # A terminal's Ctrl-C is the supervisor's to interpret.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What these mean is the supervisor's to decide, whoever else they were sent to.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     process.adopt_orphans()
     # Of this process, and by inheritance of every task: the Python stack at the moment of a crash.
     faulthandler.enable(file=2)

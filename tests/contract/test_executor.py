@@ -525,6 +525,17 @@ def test_a_template_that_dies_is_replaced():
         assert running.submit(programs.describe_process).result(20)["parent"] != parent
 
 
+def test_signals_to_the_template_are_not_its_to_decide():
+    with TaskExecutor(echo_output=False) as running:
+        about = running.submit(programs.describe_process).result(20)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(about["parent"], number)
+        assert os.getsid(about["parent"]) == about["parent"]
+        again = running.submit(programs.describe_process).result(20)
+        assert again["parent"] == about["parent"]
+        assert again["sigterm"]
+
+
 def test_a_callback_whose_module_crashes_the_template_is_reported(tmp_path, monkeypatch):
     (tmp_path / "crashing_module.py").write_text("import ctypes\nctypes.string_at(0)\n\ndef train():\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
