@@ -167,7 +167,10 @@ def test_flags_are_read(value, read):
     assert Settings.from_environ({"SCALEOUT_GRPC_SECURE": value}).grpc_secure is read
 
 
-@given(st.text(min_size=1).filter(lambda text: text.lower() not in {"1", "true", "yes", "on", "0", "false", "no", "off"}))
+FLAGS = {"1", "true", "yes", "on", "0", "false", "no", "off"}
+
+
+@given(st.text(min_size=1).filter(lambda text: text.lower() not in FLAGS))
 def test_other_flags_are_refused_by_name(value):
     with pytest.raises(ConfigError, match="SCALEOUT_CHECK_COMPATIBILITY must be true or false"):
         Settings.from_environ({"SCALEOUT_CHECK_COMPATIBILITY": value})
