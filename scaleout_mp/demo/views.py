@@ -117,7 +117,9 @@ class LiveView:
         self._live.update(
             Group(
                 _heading(ledger, len(scores), seconds),
+                "",
                 _client_table(ledger, clients, wide=self._console.width >= _WIDE),
+                "",
                 _score_line(scores, ledger.rounds),
                 *(_told(when, line) for when, line in self._lines),
             ),
@@ -138,7 +140,7 @@ def _heading(ledger: Ledger, rounds_done: int, seconds: float) -> RenderableType
 
 
 def _client_table(ledger: Ledger, clients: Sequence[ClientProcess], *, wide: bool) -> Table:
-    table = Table(expand=True, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1))
+    table = Table(expand=True, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("client", min_width=8, no_wrap=True)
     table.add_column("task", min_width=10, no_wrap=True)
     table.add_column("state", min_width=11, no_wrap=True)
