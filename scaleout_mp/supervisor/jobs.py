@@ -247,7 +247,7 @@ class Job(abc.ABC):
     def _ended_badly(self, report: ExitReport) -> Ending:
         if report.reason in _INTERRUPTIONS:
             reason = self._aborted.result().reason if self._aborted.done() else report.message
-            return self._interrupted(reason, line=report.explain())
+            return self._interrupted(reason, report)
         response = messages.failure_response(report.message, reason=report.reason.value, report=report)
         return Ending(status=TaskStatus.FAILED, response=json.dumps(response), line=report.explain())
 
@@ -263,12 +263,10 @@ class Job(abc.ABC):
         line = f"task {self.request.type}: {response['error']}"
         return Ending(status=TaskStatus.FAILED, response=json.dumps(response), line=line)
 
-    def _interrupted(self, reason: str, *, line: str | None = None) -> Ending:
-        return Ending(
-            status=TaskStatus.INTERRUPTED,
-            response=json.dumps({"msg": reason}),
-            line=line or f"task {self.request.type}: {reason} while {self.phase}",
-        )
+    def _interrupted(self, reason: str, report: ExitReport | None = None) -> Ending:
+        line = f"task {self.request.type}: {reason} while {self.phase}" if report is None else report.explain()
+        response = messages.interruption_response(reason, report=report)
+        return Ending(status=TaskStatus.INTERRUPTED, response=json.dumps(response), line=line)
 
 
 def json_text(value: Any, what: str) -> str:

@@ -138,6 +138,14 @@ def failure_response(error: str, *, reason: str, report: ExitReport | None = Non
     return response
 
 
+def interruption_response(reason: str, *, report: ExitReport | None = None) -> dict[str, Any]:
+    """Return the `response` of an INTERRUPTED report; with what became of the task's process, if it had one."""
+    response: dict[str, Any] = {"msg": reason}
+    if report is not None:
+        response |= {"reason": report.reason.value, "report": compact_report(report)}
+    return response
+
+
 def as_json(response: Mapping[str, Any] | Any) -> str:
     """Return a report's `response`; nothing is the empty string."""
     return "" if response is None or response == {} else json.dumps(response)

@@ -188,7 +188,8 @@ def test_the_server_aborts_a_running_task(net, model_id, status, says):
         wait_for_metric(net, "ready")
         assert task.abort(status=status)
         end = one_end(net, task)
-    assert (end.status, end.response) == ("INTERRUPTED", {"msg": says})
+    assert (end.status, end.response["msg"]) == ("INTERRUPTED", says)
+    assert end.response["report"]["stopped_by"] == "abort"
     assert len(net.events.of(MetricReceived, lambda event: "cleaned up" in event.metrics)) == 1
 
 
@@ -201,6 +202,9 @@ def test_a_task_that_ignores_the_abort_is_gone_in_time(net, model_id):
         task.abort()
         end = one_end(net, task)
     assert end.status == "INTERRUPTED"
+    assert end.response["reason"] == "interrupted_by_server"
+    assert end.response["report"]["message"] == "Aborted by server; killed with SIGKILL"
+    assert end.response["report"]["signal"] == "SIGKILL"
     assert time.monotonic() - before < 0.5 + 1 + 2 * POLLING
 
 
@@ -236,7 +240,7 @@ def test_an_abort_of_a_task_that_waits_for_its_turn(net, model_id):
         assert [task.process_state for task in edge.runtime.snapshot().tasks] == ["running"]
         assert edge.runtime.abort_task(running.correlation_id)
         end = one_end(net, running)
-    assert (end.status, end.response) == ("INTERRUPTED", {"msg": "Aborted by client"})
+    assert (end.status, end.response["msg"]) == ("INTERRUPTED", "Aborted by client")
 
 
 def test_stopping_the_client_reports_what_ran_before_it_says_goodbye(net, model_id):

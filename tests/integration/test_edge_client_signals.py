@@ -92,7 +92,7 @@ def test_the_first_ctrl_c_aborts_the_task_and_the_second_ends_the_client(net):
     with script(net) as process:
         task = start_task(net)
         process.send_signal(signal.SIGINT)
-        assert task.done(10).response == {"msg": "Aborted by client"}
+        assert task.done(10).response["msg"] == "Aborted by client"
         second = start_task_again(net)
         process.send_signal(signal.SIGINT)
         err = ended_well(process)
