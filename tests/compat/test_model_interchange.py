@@ -1,21 +1,16 @@
 """Models made here are read by the published package, and the reverse; checksums and signatures agree."""
 
 import json
-import pathlib
 import subprocess
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from published import NEEDS_PUBLISHED, PYTHON
 
 from scaleout_mp.model import ModelStore, ScaleoutModel, get_helper
 
-PYTHON = pathlib.Path(__file__).parents[2] / ".venv-compat" / "bin" / "python"
-
-pytestmark = [
-    pytest.mark.compat,
-    pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} is missing: the published packages are not installed"),
-]
+pytestmark = NEEDS_PUBLISHED
 
 WEIGHTS = [
     np.arange(12, dtype=np.float32).reshape(3, 4),

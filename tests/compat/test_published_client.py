@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from published import NEEDS_PUBLISHED, PYTHON
 
 from scaleout_mp.localnet import LocalNetworkThread, RunStatus, SessionPlan
 from scaleout_mp.localnet.events import (
@@ -27,14 +28,9 @@ from scaleout_mp.localnet.events import (
 )
 from scaleout_mp.model import ScaleoutModel
 
-ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".venv-compat/bin/python"
 TOKEN = "a-token-for-tests"
 
-pytestmark = [
-    pytest.mark.compat,
-    pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-compat with the published packages"),
-]
+pytestmark = NEEDS_PUBLISHED
 
 
 PUBLISHED_IMPORTS = """from scaleout import EdgeClient

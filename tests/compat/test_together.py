@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import subprocess
-from pathlib import Path
 
 import pytest
+from published import NEEDS_PUBLISHED, PYTHON, ROOT
 
-ROOT = Path(__file__).parents[2]
+pytestmark = NEEDS_PUBLISHED
 OURS = "import scaleout_mp, scaleout_mp.wire.methods, scaleout_mp.supervisor"
 THEIRS = "import scaleoututil.grpc.scaleout_pb2, scaleout"
 
 
-@pytest.mark.compat
 @pytest.mark.parametrize("order", [(OURS, THEIRS), (THEIRS, OURS)], ids=["ours first", "theirs first"])
-def test_both_packages_load_in_one_process(compat_python, order):
+def test_both_packages_load_in_one_process(order):
     same_bytes = (
         "from scaleout_mp.wire import edge_pb2 as ours; from scaleoututil.grpc import scaleout_pb2 as theirs; "
         "request = theirs.TaskRequest(correlation_id='c', type='Scaleout_ModelUpdate', data='{}'); "
         "assert ours.TaskRequest.FromString(request.SerializeToString()).correlation_id == 'c'"
     )
-    subprocess.run([compat_python, "-c", "; ".join([*order, same_bytes])], check=True, timeout=60, cwd=ROOT)
+    subprocess.run([str(PYTHON), "-c", "; ".join([*order, same_bytes])], check=True, timeout=60, cwd=ROOT)
 
 
-@pytest.mark.compat
-def test_every_message_has_the_published_numbers(compat_python):
+def test_every_message_has_the_published_numbers():
     code = """
 from scaleout_mp.wire import edge_pb2 as ours
 from scaleoututil.grpc import scaleout_pb2 as theirs
@@ -41,13 +39,12 @@ for name, message in theirs.DESCRIPTOR.message_types_by_name.items():
         checked += 1
 assert checked > 60, checked
 """
-    subprocess.run([compat_python, "-c", code], check=True, timeout=60, cwd=ROOT)
+    subprocess.run([str(PYTHON), "-c", code], check=True, timeout=60, cwd=ROOT)
 
 
-@pytest.mark.compat
-def test_the_generated_code_is_what_the_compiler_makes(compat_python, tmp_path):
+def test_the_generated_code_is_what_the_compiler_makes(tmp_path):
     command = [
-        compat_python,
+        str(PYTHON),
         "-m",
         "grpc_tools.protoc",
         "-Iprotos",
