@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
 _PR_SET_CHILD_SUBREAPER: Final = 36
+_PR_SET_NO_NEW_PRIVS: Final = 38
 
 _prctl_call: Final = ctypes.CDLL(None, use_errno=True).prctl
 _prctl_call.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
@@ -27,8 +28,9 @@ _prctl_call.restype = ctypes.c_int
 _IGNORED_BY_PYTHON: Final = frozenset({signal.SIGPIPE, signal.SIGXFSZ})
 
 
-def _prctl(option: int, value: int) -> None:
-    if _prctl_call(option, value, 0, 0, 0) != 0:
+def prctl(option: int, value: int, extra: int = 0) -> None:
+    """Change one property of this process. Raises OSError."""
+    if _prctl_call(option, value, extra, 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"prctl({option}, {value}): {os.strerror(number)}")
 
@@ -38,19 +40,24 @@ def die_with_parent(parent: int) -> None:
 
     `parent` is the pid that must still be the parent: the signal is not sent for a death before the call.
     """
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def outlive_parent() -> None:
     """Take back `die_with_parent`."""
-    _prctl(_PR_SET_PDEATHSIG, 0)
+    prctl(_PR_SET_PDEATHSIG, 0)
 
 
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent dies (child subreaper)."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def forbid_new_privileges() -> None:
+    """Have set-id programs and file capabilities give nothing, to this process and every descendant."""
+    prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
 def forbid_core_files() -> None:

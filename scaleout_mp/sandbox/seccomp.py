@@ -1,0 +1,311 @@
+"""A system call filter: what no training code needs, and what would reach other processes, fails with EPERM.
+
+Classic BPF over `struct seccomp_data`, by prctl(2) and without a library. A deny list: an allow list would
+break the libraries that people train with whenever one of them learns a new call. Facts: seccomp(2), linux/seccomp.h,
+linux/filter.h, and the system call tables of the two machines.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import errno
+import platform
+import resource
+import struct
+from typing import TYPE_CHECKING, Final
+
+from scaleout_mp.sandbox.process import forbid_new_privileges, prctl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+_PR_SET_SECCOMP: Final = 22
+_SECCOMP_MODE_FILTER: Final = 2
+
+_ALLOW: Final = 0x7FFF0000
+_ERRNO: Final = 0x00050000
+_KILL_PROCESS: Final = 0x80000000
+
+_LOAD: Final = 0x20  # BPF_LD | BPF_W | BPF_ABS
+_JUMP_EQUAL: Final = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
+_JUMP_ANY_BIT: Final = 0x45  # BPF_JMP | BPF_JSET | BPF_K
+_JUMP_AT_LEAST: Final = 0x35  # BPF_JMP | BPF_JGE | BPF_K
+_RETURN: Final = 0x06  # BPF_RET | BPF_K
+
+_NR_AT: Final = 0
+_ARCH_AT: Final = 4
+
+#: CLONE_NEWTIME is left out: as a flag of clone(2) the same bit is part of the exit signal.
+_NEW_NAMESPACES: Final = 0x7E020000
+_X32_BIT: Final = 0x40000000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Machine:
+    """What differs between processor architectures."""
+
+    audit_arch: int
+    #: Column of `_NUMBERS`.
+    column: int
+
+
+_MACHINES: Final[Mapping[str, _Machine]] = {
+    "x86_64": _Machine(audit_arch=0xC000003E, column=0),
+    "aarch64": _Machine(audit_arch=0xC00000B7, column=1),
+}
+
+#: System call numbers on (x86_64, aarch64); None where there is no such call.
+_NUMBERS: Final[Mapping[str, tuple[int | None, int | None]]] = {
+    "acct": (163, 89),
+    "add_key": (248, 217),
+    "adjtimex": (159, 171),
+    "bpf": (321, 280),
+    "chroot": (161, 51),
+    "clock_adjtime": (305, 266),
+    "clock_settime": (227, 112),
+    "clone": (56, 220),
+    "clone3": (435, 435),
+    "delete_module": (176, 106),
+    "fanotify_init": (300, 262),
+    "finit_module": (313, 273),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fsopen": (430, 430),
+    "fspick": (433, 433),
+    "init_module": (175, 105),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    "io_uring_setup": (425, 425),
+    "ioperm": (173, None),
+    "iopl": (172, None),
+    "ioprio_set": (251, 30),
+    "kcmp": (312, 272),
+    "kexec_file_load": (320, 294),
+    "kexec_load": (246, 104),
+    "keyctl": (250, 219),
+    "kill": (62, 129),
+    "migrate_pages": (256, 238),
+    "mount": (165, 40),
+    "mount_setattr": (442, 442),
+    "move_mount": (429, 429),
+    "move_pages": (279, 239),
+    "open_by_handle_at": (304, 265),
+    "open_tree": (428, 428),
+    "perf_event_open": (298, 241),
+    "pidfd_getfd": (438, 438),
+    "pidfd_open": (434, 434),
+    "pivot_root": (155, 41),
+    "prlimit64": (302, 261),
+    "process_madvise": (440, 440),
+    "process_mrelease": (448, 448),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "ptrace": (101, 117),
+    "quotactl": (179, 60),
+    "quotactl_fd": (443, 443),
+    "reboot": (169, 142),
+    "request_key": (249, 218),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "sched_setaffinity": (203, 122),
+    "sched_setattr": (314, 274),
+    "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119),
+    "setdomainname": (171, 162),
+    "sethostname": (170, 161),
+    "setns": (308, 268),
+    "setpriority": (141, 140),
+    "setrlimit": (160, 164),
+    "settimeofday": (164, 170),
+    "swapoff": (168, 225),
+    "swapon": (167, 224),
+    "syslog": (103, 116),
+    "tgkill": (234, 131),
+    "tkill": (200, 130),
+    "umount2": (166, 39),
+    "unshare": (272, 97),
+    "userfaultfd": (323, 282),
+    "vhangup": (153, 58),
+}
+
+#: Denied whatever the arguments are.
+DENIED: Final = (
+    "acct",
+    "add_key",
+    "adjtimex",
+    "bpf",
+    "chroot",
+    "clock_adjtime",
+    "clock_settime",
+    "delete_module",
+    "fanotify_init",
+    "finit_module",
+    "fsconfig",
+    "fsmount",
+    "fsopen",
+    "fspick",
+    "init_module",
+    "io_uring_enter",
+    "io_uring_register",
+    "io_uring_setup",
+    "ioperm",
+    "iopl",
+    "kcmp",
+    "kexec_file_load",
+    "kexec_load",
+    "keyctl",
+    "migrate_pages",
+    "mount",
+    "mount_setattr",
+    "move_mount",
+    "move_pages",
+    "open_by_handle_at",
+    "open_tree",
+    "perf_event_open",
+    "pidfd_getfd",
+    "pivot_root",
+    "process_madvise",
+    "process_mrelease",
+    "process_vm_readv",
+    "process_vm_writev",
+    "ptrace",
+    "quotactl",
+    "quotactl_fd",
+    "reboot",
+    "request_key",
+    "setdomainname",
+    "sethostname",
+    "setns",
+    "settimeofday",
+    "swapoff",
+    "swapon",
+    "syslog",
+    "umount2",
+    "unshare",
+    "userfaultfd",
+    "vhangup",
+)
+
+#: Calls that act on another process by number, and which argument names it. Denied for the protected processes.
+_BY_PID: Final = {
+    "ioprio_set": 1,
+    "kill": 0,
+    "pidfd_open": 0,
+    "prlimit64": 0,
+    "rt_sigqueueinfo": 0,
+    "rt_tgsigqueueinfo": 0,
+    "sched_setaffinity": 0,
+    "sched_setattr": 0,
+    "sched_setparam": 0,
+    "sched_setscheduler": 0,
+    "setpriority": 1,
+    "tgkill": 0,
+    "tkill": 0,
+}
+
+
+def supported() -> bool:
+    """Whether the tables know this machine."""
+    return platform.machine() in _MACHINES
+
+
+def _instruction(code: int, operand: int, *, skip_true: int = 0, skip_false: int = 0) -> bytes:
+    return struct.pack("=HBBI", code, skip_true, skip_false, operand & 0xFFFFFFFF)
+
+
+_DENY: Final = _instruction(_RETURN, _ERRNO | errno.EPERM)
+_PASS: Final = _instruction(_RETURN, _ALLOW)
+
+
+def _argument(index: int, *, high: bool = False) -> bytes:
+    # struct seccomp_data: number, architecture, instruction pointer, then six 64-bit arguments, little-endian here.
+    return _instruction(_LOAD, 16 + 8 * index + 4 * high)
+
+
+def _deny_when(argument: int, jump: int, operand: int) -> list[bytes]:
+    """Deny on a test of the low half of an argument: numbers of 32 bits have no other."""
+    return [_argument(argument), _instruction(jump, operand, skip_false=1), _DENY]
+
+
+def _deny_new_limit(kind: int, pointer: int) -> list[bytes]:
+    """Deny when argument `kind` is RLIMIT_RTTIME and the pointer in argument `pointer` is not null: a change of it."""
+    return [
+        _argument(kind),
+        _instruction(_JUMP_EQUAL, resource.RLIMIT_RTTIME, skip_false=5),
+        _argument(pointer),
+        _instruction(_JUMP_EQUAL, 0, skip_false=2),
+        _argument(pointer, high=True),
+        _instruction(_JUMP_EQUAL, 0, skip_true=1),
+        _DENY,
+    ]
+
+
+class _Program:
+    """BPF instructions of one filter."""
+
+    def __init__(self, machine: _Machine) -> None:
+        self._machine = machine
+        self._code = [
+            _instruction(_LOAD, _ARCH_AT),
+            _instruction(_JUMP_EQUAL, machine.audit_arch, skip_true=1),
+            # Another architecture's calls have other numbers: nothing of ours makes them.
+            _instruction(_RETURN, _KILL_PROCESS),
+            _instruction(_LOAD, _NR_AT),
+            # The x32 numbers of x86_64 are the same calls by other names.
+            _instruction(_JUMP_AT_LEAST, _X32_BIT, skip_false=1),
+            _instruction(_RETURN, _ERRNO | errno.ENOSYS),
+        ]
+
+    def on(self, name: str, body: Sequence[bytes]) -> None:
+        """Have a call run through `body`, which ends with a return; other calls skip it."""
+        number = _NUMBERS[name][self._machine.column]
+        if number is not None:
+            self._code += [_instruction(_JUMP_EQUAL, number, skip_false=len(body)), *body]
+
+    def finish(self) -> bytes:
+        """Return the program: what was not denied is allowed."""
+        return b"".join([*self._code, _PASS])
+
+
+def build(protected: Iterable[int]) -> bytes:
+    """Return the filter for a task. `protected` are pids that it must not touch: supervisor and template.
+
+    Raises OSError on a machine that the tables do not know.
+    """
+    machine = _MACHINES.get(platform.machine())
+    if machine is None:
+        raise OSError(errno.ENOSYS, f"no system call table for {platform.machine()}")
+    program = _Program(machine)
+    for name in DENIED:
+        program.on(name, [_DENY])
+    # Its flags lie in memory, which BPF cannot see. The C library falls back to clone.
+    program.on("clone3", [_instruction(_RETURN, _ERRNO | errno.ENOSYS)])
+    program.on("clone", [*_deny_when(0, _JUMP_ANY_BIT, _NEW_NAMESPACES), _PASS])
+    # The tag of the task's tree must stay.
+    program.on("setrlimit", [*_deny_new_limit(0, 1), _PASS])
+    pids = [pid for process in protected for pid in (process, -process)]
+    for name, argument in _BY_PID.items():
+        body = [step for pid in pids for step in _deny_when(argument, _JUMP_EQUAL, pid)]
+        if name == "kill":
+            # -1 is everybody whom this user may signal.
+            body += _deny_when(0, _JUMP_EQUAL, -1)
+        if name == "prlimit64":
+            body += _deny_new_limit(1, 2)
+        program.on(name, [*body, _PASS])
+    return program.finish()
+
+
+class _SockFprog(ctypes.Structure):
+    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+
+
+def install(program: bytes) -> None:
+    """Put the filter on the calling process for good; descendants inherit it. Raises OSError.
+
+    Needs no privilege: it forbids itself new ones first.
+    """
+    forbid_new_privileges()
+    code = ctypes.create_string_buffer(program, len(program))
+    header = _SockFprog(len(program) // 8, ctypes.addressof(code))
+    prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(header))
