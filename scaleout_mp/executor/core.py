@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import uuid
 from typing import TYPE_CHECKING, Any, Final
@@ -14,12 +15,15 @@ from scaleout_mp.executor.output import OutputRelay
 from scaleout_mp.executor.template import StartMethod, TemplateLauncher
 from scaleout_mp.ipc import arguments
 from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
+from scaleout_mp.sandbox.cgroup import MemoryGroups, remove_left_over
 from scaleout_mp.task import AbortOrigin, Record, TaskState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from scaleout_mp.executor.launcher import Launcher
+
+logger = logging.getLogger(__name__)
 
 #: Modules that the template imports before its first task.
 PRELOAD: Final = ("numpy", "scaleout_mp.model")
@@ -59,10 +63,16 @@ class ExecutorCore:
         self._relay = OutputRelay()
         self._slots = asyncio.Semaphore(most)
         self._running: dict[Execution, asyncio.Task[None]] = {}
+        self._groups: MemoryGroups | None = None
         self._closing = False
 
     async def start(self) -> None:
         """Start the launcher and wait until it is ready. Raises LauncherError."""
+        try:
+            self._groups = MemoryGroups.find()
+            remove_left_over(self._groups.base)
+        except OSError as error:
+            logger.debug("memory limits are kept by the watchdog: %s", error, extra={"action": "no_memory_cgroup"})
         await self._launcher.open()
 
     @staticmethod
@@ -120,6 +130,7 @@ class ExecutorCore:
             arguments=packed,
             limits=limits or self._limits,
             max_model_size=MAX_MODEL_SIZE,
+            memory_groups=self._groups,
             on_record=on_record,
             on_state=on_state,
         )
@@ -160,4 +171,6 @@ class ExecutorCore:
                 execution.kill()
         await self.wait_idle()
         await self._launcher.close()
+        if self._groups is not None:
+            self._groups.close()
         self._relay.close()

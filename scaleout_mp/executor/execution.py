@@ -19,6 +19,7 @@ from scaleout_mp.ipc.channel import channel_pair, close_all
 from scaleout_mp.ipc.frames import Frame, Kind
 from scaleout_mp.ipc.loop_channel import SupervisorChannel
 from scaleout_mp.sandbox import tree
+from scaleout_mp.sandbox.confinement import Confinement
 from scaleout_mp.task import (
     AbortOrigin,
     EndReason,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from scaleout_mp.config import Limits
     from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
+    from scaleout_mp.sandbox.cgroup import MemoryGroup, MemoryGroups
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,8 @@ class ExecutionPlan:
     arguments: PackedArguments
     limits: Limits
     max_model_size: int
+    #: Where groups for tasks with a memory limit are made; None: there is no such place.
+    memory_groups: MemoryGroups | None = None
     on_record: Callable[[Record], None] | None = None
     on_state: Callable[[TaskState], None] | None = None
 
@@ -91,6 +95,7 @@ class Execution:
         #: The result is in and is being checked.
         self._reading: asyncio.Task[Any] | None = None
         self._watch: MemoryWatch | None = None
+        self._group: MemoryGroup | None = None
         self._channel: SupervisorChannel | None = None
         self._child: Child | None = None
         self._helpers: set[asyncio.Task[None]] = set()
@@ -173,6 +178,8 @@ class Execution:
         finally:
             for helper in self._helpers:
                 helper.cancel()
+            if self._group is not None:
+                await asyncio.to_thread(self._group.remove)
             if self._channel is not None:
                 self._channel.close()
             for tail in tails:
@@ -204,9 +211,7 @@ class Execution:
                 StartOrder(
                     task_id=plan.task_id,
                     call=plan.call,
-                    tag=self._tag,
-                    memory_limit=plan.limits.memory_bytes,
-                    log_level=logging.getLogger().getEffectiveLevel(),
+                    confinement=self._confinement(),
                     channel=theirs,
                     stdout=ends[0],
                     stderr=ends[1],
@@ -216,6 +221,17 @@ class Execution:
             # With our copies of the child's ends open, neither stream would ever end.
             theirs.close()
             close_all(ends)
+
+    def _confinement(self) -> Confinement:
+        limit, groups = self._plan.limits.memory_bytes, self._plan.memory_groups
+        if limit and groups is not None:
+            self._group = groups.make(f"{self._tag:x}", limit)
+        return Confinement(
+            tag=self._tag,
+            memory_limit=limit,
+            memory_group="" if self._group is None else self._group.procs,
+            log_level=logging.getLogger().getEffectiveLevel(),
+        )
 
     def _echo_to(self, stream: str) -> Callable[[str], None] | None:
         return (lambda text: self._relay.echo(stream, text)) if self._echo else None
@@ -236,10 +252,12 @@ class Execution:
                 tag=self._tag,
                 limit=self._plan.limits.memory_bytes,
                 shared=self._plan.arguments.model_bytes,
+                group=self._group,
             )
             self._help(self._watch_memory(self._watch))
             exited = await child.exited
             self._evidence.exited = exited
+            self._evidence.killed_by_kernel = self._watch.killed_by_kernel()
             strays = exited.strays
         except LauncherError as error:
             self._evidence.launcher_problem = str(error)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import socket
 
     from scaleout_mp.ipc.arguments import PreparedCallable
+    from scaleout_mp.sandbox.confinement import Confinement
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,12 +19,7 @@ class StartOrder:
 
     task_id: str
     call: PreparedCallable
-    #: Mark of the tree, see `sandbox.tree`.
-    tag: int
-    #: Bytes; 0: none.
-    memory_limit: int
-    #: Records of the logging module below this level stay in the child.
-    log_level: int
+    confinement: Confinement
     channel: socket.socket
     stdout: int
     stderr: int

@@ -40,6 +40,8 @@ class Evidence:
     has_result: bool = False
     failure: Failure | None = None
     exited: Exited | None = None
+    #: The kernel killed a process of the tree because the tree was at its limit.
+    killed_by_kernel: bool = False
     #: What the launcher said when it could not start the process, or lost it.
     launcher_problem: str | None = None
     stdout_tail: str = ""
@@ -89,6 +91,11 @@ def _conclude(seen: Evidence) -> tuple[EndReason, str]:
         return EndReason.COMPLETED, f"completed in {seen.wall_seconds:.2f} s"
     if seen.stop is not None:
         return seen.stop.reason, f"{seen.stop.message}; {_how_it_went(seen)}"
+    return _conclude_unasked(seen)
+
+
+def _conclude_unasked(seen: Evidence) -> tuple[EndReason, str]:
+    """Say why a task is over that nobody here wanted to end."""
     if seen.failure is not None:
         if seen.failure.is_memory_error and seen.memory_limit:
             return EndReason.MEMORY_LIMIT, (
@@ -97,6 +104,9 @@ def _conclude(seen: Evidence) -> tuple[EndReason, str]:
             )
         first_line = seen.failure.message.strip().partition("\n")[0]
         return EndReason.FAILED, f"raised {seen.failure.error_type}: {first_line}".rstrip(": ")
+    if seen.killed_by_kernel:
+        limit, peak = readable_size(seen.memory_limit), readable_size(seen.peak_memory)
+        return EndReason.MEMORY_LIMIT, f"passed its memory limit of {limit} (peak {peak}); killed by the kernel"
     if seen.launcher_problem is not None:
         reason = EndReason.REFUSED if seen.start_method is None else EndReason.CRASHED
         return reason, seen.launcher_problem
@@ -143,6 +153,8 @@ def _notes(seen: Evidence, reason: EndReason, code: int | None) -> tuple[str, ..
     if seen.strays_killed:
         plural = "es" if seen.strays_killed > 1 else ""
         notes.append(f"{seen.strays_killed} process{plural} that it left behind had to be killed")
+    if reason is EndReason.COMPLETED and seen.killed_by_kernel:
+        notes.append("the kernel killed one of its processes at the memory limit")
     if reason is EndReason.COMPLETED and code:
         how = _signal_name(code) or f"exit code {code}"
         notes.append(f"its process ended with {how} after the result was in")

@@ -69,10 +69,11 @@ def prefer_for_oom_kill() -> None:
     """Have the kernel's out-of-memory killer take this process before any other."""
     # A read-only /proc refuses it; the order of victims is then the kernel's own.
     with contextlib.suppress(OSError):
-        _write("/proc/self/oom_score_adj", b"1000")
+        write_file("/proc/self/oom_score_adj", b"1000")
 
 
-def _write(path: str, data: bytes) -> None:
+def write_file(path: str, data: bytes) -> None:
+    """Write a file of the kernel's. Raises OSError."""
     # Without a file object: its codec and buffers are pages to copy, right after a fork.
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:

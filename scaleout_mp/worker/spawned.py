@@ -6,7 +6,6 @@ as descriptor 4, the module search path, the pickled callable and what the proce
 
 from __future__ import annotations
 
-import dataclasses
 import faulthandler
 import fcntl
 import os
@@ -17,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import msgpack
 
 from scaleout_mp.sandbox import process
+from scaleout_mp.sandbox.confinement import Confinement
 from scaleout_mp.worker import task
-from scaleout_mp.worker.task import CHANNEL_DESCRIPTOR, Confinement
+from scaleout_mp.worker.task import CHANNEL_DESCRIPTOR
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ def start_interpreter(
     order = os.memfd_create("scaleout-order", os.MFD_CLOEXEC)
     high = []
     try:
-        _write_all(order, msgpack.packb([list(search_path), dataclasses.asdict(confinement), os.getpid(), pickled]))
+        _write_all(order, msgpack.packb([list(search_path), confinement.to_fields(), os.getpid(), pickled]))
         high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _HIGH) for descriptor in (*descriptors, order)]
         channel, stdout, stderr, moved_order = high
         return os.posix_spawn(
@@ -76,14 +76,14 @@ def main() -> NoReturn:
     faulthandler.enable(file=2)
     os.setsid()
     process.die_with_parent(template)
-    task.confine(confinement)
+    confinement.apply()
     sys.path[:] = search_path
 
     def load() -> Callable[..., Any]:
         loaded: Callable[..., Any] = pickle.loads(pickled)
         return loaded
 
-    task.run(load, confinement)
+    task.run(load, log_level=confinement.log_level)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
 import logging
 import os
 import socket
@@ -17,7 +16,6 @@ from scaleout_mp.errors import ChannelError, ProtocolViolation
 from scaleout_mp.ipc import arguments, frames, values
 from scaleout_mp.ipc.channel import ChildChannel
 from scaleout_mp.ipc.frames import Frame, Kind
-from scaleout_mp.sandbox import process, tree
 from scaleout_mp.worker.context import ChannelContext, enter
 
 if TYPE_CHECKING:
@@ -30,21 +28,6 @@ CHANNEL_DESCRIPTOR: Final = 3
 #: Longest traceback and error message that are sent, in characters; the end of a traceback says most.
 MAX_TRACEBACK: Final = 1 << 16
 MAX_MESSAGE: Final = 1 << 12
-
-_DATA_SLACK: Final = 64 << 20
-_THREAD_STACK: Final = 8 << 20
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Confinement:
-    """What a task's process puts on before any user code runs in it."""
-
-    #: Mark of the task's tree, see `sandbox.tree`.
-    tag: int
-    #: Bytes; 0: none.
-    memory_limit: int
-    #: Records below this level of the logging module stay in the child.
-    log_level: int
 
 
 def arrange_descriptors(channel: int, stdout: int, stderr: int) -> None:
@@ -59,17 +42,7 @@ def arrange_descriptors(channel: int, stdout: int, stderr: int) -> None:
     os.closerange(CHANNEL_DESCRIPTOR + 1, 1 << 20)
 
 
-def confine(confinement: Confinement) -> None:
-    """Apply what must hold before user code runs."""
-    tree.wear_tag(confinement.tag)
-    process.forbid_core_files()
-    process.prefer_for_oom_kill()
-    if confinement.memory_limit:
-        threads = 2 * (os.cpu_count() or 1)
-        process.limit_data(confinement.memory_limit, _DATA_SLACK + threads * _THREAD_STACK)
-
-
-def run(load: Callable[[], Callable[..., Any]], confinement: Confinement) -> NoReturn:
+def run(load: Callable[[], Callable[..., Any]], *, log_level: int) -> NoReturn:
     """Serve the one task whose frame waits in the channel; never returns.
 
     `load` gives the callable; what it raises is reported like an error of the callable itself.
@@ -81,7 +54,7 @@ def run(load: Callable[[], Callable[..., Any]], confinement: Confinement) -> NoR
         frame = _first_frame(channel)
         task_id, packed = frame.fields
         _prepare_interpreter()
-        enter(ChannelContext(channel, task_id), log_level=confinement.log_level)
+        enter(ChannelContext(channel, task_id), log_level=log_level)
         code = _run_callable(channel, load, packed, frame.descriptors)
     except ChannelError:
         # The supervisor is gone. Nobody is left to tell.
@@ -182,4 +155,4 @@ def _leave(code: int) -> NoReturn:
         os._exit(code)
 
 
-__all__ = ["CHANNEL_DESCRIPTOR", "Confinement", "arrange_descriptors", "confine", "run"]
+__all__ = ["CHANNEL_DESCRIPTOR", "arrange_descriptors", "run"]

@@ -26,9 +26,9 @@ from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.channel import ChildChannel, channel_pair, close_all
 from scaleout_mp.ipc.frames import Frame, Kind
 from scaleout_mp.sandbox import process, tree
+from scaleout_mp.sandbox.confinement import Confinement
 from scaleout_mp.worker import task
 from scaleout_mp.worker.spawned import start_interpreter
-from scaleout_mp.worker.task import Confinement
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -187,7 +187,7 @@ class Template:
     # --- Tasks ---------------------------------------------------------------------------------------------------
 
     def _start(self, frame: Frame) -> None:
-        task_id, key, tag, *_ = frame.fields
+        task_id, key, _ = frame.fields
         try:
             if self._spawn:
                 pid = start_interpreter(frame.descriptors, _confinement(frame), self._search_path, self._pickles[key])
@@ -198,7 +198,7 @@ class Template:
             return
         finally:
             close_all(frame.descriptors)
-        self._tasks[pid] = (task_id, tag)
+        self._tasks[pid] = (task_id, _confinement(frame).tag)
         self._channel.send(frames.encode(Kind.STARTED, task_id, pid, "spawn" if self._spawn else "template"))
 
     def _fork(self, order: Callable[[], Frame | None]) -> int:
@@ -216,9 +216,10 @@ class Template:
             os.setsid()
             frame = order()
             if frame is not None:
-                task.confine(_confinement(frame))
+                confinement = _confinement(frame)
+                confinement.apply()
                 task.arrange_descriptors(*frame.descriptors)
-                task.run(lambda: self._take(frame.fields[1]), _confinement(frame))
+                task.run(lambda: self._take(frame.fields[1]), log_level=confinement.log_level)
         except BaseException:  # noqa: BLE001 - whatever it is, this process must not go on as a template
             with contextlib.suppress(Exception):
                 traceback.print_exc()
@@ -324,8 +325,7 @@ class Template:
 
 
 def _confinement(frame: Frame) -> Confinement:
-    _, _, tag, memory_limit, log_level = frame.fields
-    return Confinement(tag=tag, memory_limit=memory_limit, log_level=log_level)
+    return Confinement(**frame.fields[2])
 
 
 def _cuda_started() -> bool:

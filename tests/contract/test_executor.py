@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import struct
+import subprocess
 import threading
 import time
 
@@ -29,6 +30,7 @@ from scaleout_mp import (
 from scaleout_mp.errors import ValueNotSendable
 from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.frames import Kind
+from scaleout_mp.sandbox.cgroup import MemoryGroups, remove_left_over
 from scaleout_mp.task import MetricRecord, StopStage
 
 MIB = 1 << 20
@@ -310,10 +312,59 @@ def test_a_task_that_allocates_as_fast_as_it_can_is_stopped(executor):
     assert psutil.Process().memory_info().rss - before < 16 * MIB
 
 
+@pytest.fixture
+def without_cgroup(monkeypatch):
+    """An executor on a machine where no memory cgroup can be made."""
+
+    def refuse():
+        raise OSError("no cgroups here")
+
+    monkeypatch.setattr(MemoryGroups, "find", refuse)
+    with TaskExecutor(echo_output=False) as running:
+        yield running
+
+
+@pytest.mark.parametrize("program", [programs.allocate, programs.allocate_in_children])
+def test_without_a_cgroup_the_watchdog_keeps_the_limit(without_cgroup, program):
+    report = without_cgroup.submit(program, limits=Limits(memory="192MiB")).report(30)
+    assert report.reason is EndReason.MEMORY_LIMIT
+    assert report.stopped_by is StopStage.SIGKILL
+    assert 192 * MIB < report.peak_memory < 300 * MIB
+
+
+@pytest.fixture
+def memory_groups():
+    try:
+        groups = MemoryGroups.find()
+    except OSError as error:
+        pytest.skip(f"no memory cgroup can be made: {error}")
+    yield groups
+    groups.close()
+
+
+def test_with_a_cgroup_the_kernel_keeps_the_limit_to_the_page(executor, memory_groups):
+    report = executor.submit(programs.allocate, limits=Limits(memory="192MiB")).report(30)
+    assert report.reason is EndReason.MEMORY_LIMIT
+    assert report.peak_memory <= 193 * MIB
+    folder = os.path.dirname(memory_groups.base)
+    left = [name for name in os.listdir(folder) if name.startswith(f"scaleout-mp-{os.getpid()}-")]
+    assert all(not [entry for entry in os.scandir(f"{folder}/{name}") if entry.is_dir()] for name in left)
+
+
+def test_groups_of_dead_supervisors_are_removed(memory_groups):
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    folder = f"{os.path.dirname(memory_groups.base)}/scaleout-mp-{dead.pid}-0badcafe"
+    os.makedirs(f"{folder}/task")
+    remove_left_over(memory_groups.base)
+    assert not os.path.exists(folder)
+    assert os.path.exists(memory_groups.base)
+
+
 def test_memory_of_children_counts(executor):
     report = executor.submit(programs.allocate_in_children, limits=Limits(memory="192MiB")).report(30)
     assert report.reason is EndReason.MEMORY_LIMIT
-    assert report.peak_memory > 192 * MIB
+    assert report.peak_memory >= 191 * MIB
 
 
 def test_an_allocation_that_is_refused_is_the_memory_limit(executor):

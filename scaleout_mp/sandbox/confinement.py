@@ -1,0 +1,43 @@
+"""What a task's process puts on before any user code runs in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from typing import Any, Final
+
+from scaleout_mp.sandbox import process, tree
+
+_DATA_SLACK: Final = 64 << 20
+_THREAD_STACK: Final = 8 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Confinement:
+    """Made by the executor, sent to the child, applied there."""
+
+    #: Mark of the task's tree, see `tree`.
+    tag: int
+    #: Bytes; 0: none.
+    memory_limit: int = 0
+    #: The file by which a process joins the task's memory cgroup; empty: there is none.
+    memory_group: str = ""
+    #: Records of the logging module below this level stay in the child.
+    log_level: int = logging.WARNING
+
+    def to_fields(self) -> dict[str, Any]:
+        """Return what a frame carries."""
+        return dataclasses.asdict(self)
+
+    def apply(self) -> None:
+        """Put it on. Raises OSError when the kernel refuses a part that was found to work before."""
+        tree.wear_tag(self.tag)
+        process.forbid_core_files()
+        process.prefer_for_oom_kill()
+        if self.memory_group:
+            process.write_file(self.memory_group, b"0")
+        if self.memory_limit:
+            # Threads' stacks count as data in full, though hardly any of it is ever touched.
+            stacks = 2 * (os.cpu_count() or 1) * _THREAD_STACK
+            process.limit_data(self.memory_limit, _DATA_SLACK + stacks)
