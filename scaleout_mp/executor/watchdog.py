@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _FASTEST_GROWTH: Final = 4e9
 _SHORTEST: Final = 0.002
 _LONGEST: Final = 0.25
+_FIRST: Final = 0.03
 #: A task near its limit that does not grow is looked at this seldom.
 _CALM: Final = 0.02
 #: Between two searches for orphans of the task, seconds.
@@ -73,8 +74,10 @@ class MemoryWatch:
 
     def pause(self) -> float:
         """Return the seconds until the next look is due."""
+        # The first comes early, so that short tasks have a figure as well.
+        longest = _LONGEST if self.now else _FIRST
         if not self.limit or self.group is not None:
-            return _LONGEST
+            return longest
         headroom = (self.limit - self.now) / _FASTEST_GROWTH
         shortest = _SHORTEST if self._grew else _CALM
-        return min(max(headroom, shortest), _LONGEST)
+        return min(max(headroom, shortest), longest)

@@ -57,8 +57,8 @@ def _check_failures(failures):
     assert segfault["report"]["signal"] == "SIGSEGV"
     assert "in string_at" in segfault["report"]["traceback"]
     assert leak["report"]["memory_limit"] == 128 * 2**20
-    # How far past the limit it gets before the kill depends on the machine's load.
-    assert 128 * 2**20 < leak["report"]["peak_memory"] < 192 * 2**20
+    # Without a memory cgroup, how far past the limit it gets before the kill depends on the machine's load.
+    assert 128 * 2**20 <= leak["report"]["peak_memory"] < 192 * 2**20
     assert (hang["status"], hang["reason"]) == ("INTERRUPTED", "timed_out_by_server")
     assert "SIGKILL" in hang["explanation"]
     assert raised["report"]["error_type"] == "ValueError"
