@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self
 
 from scaleout_mp.model import container as layout
-from scaleout_mp.model.container import DEFAULT_LIMITS, Container, ContainerLimits
+from scaleout_mp.model.checksums import crc32
+from scaleout_mp.model.container import DEFAULT_LIMITS, NO_LIMITS, Container, ContainerLimits
+from scaleout_mp.model.deflate import COMPRESSIONS, Compression, sample_of
+from scaleout_mp.model.entry_sink import EntrySink
 from scaleout_mp.model.helpers import Helper, get_helper
 from scaleout_mp.model.memfd import DEFAULT_MAX_SIZE, MappedBytes, MemoryFile, MemoryWriter, SealedMemory
 from scaleout_mp.model.scaleout_model import ScaleoutModel
+from scaleout_mp.model.zip_reader import ArchiveLimits
 from scaleout_mp.model.zip_writer import ZipWriter
 
 if TYPE_CHECKING:
@@ -21,10 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: How new contents are written: as they are, which lets weights be used in place, or deflated.
-Compression = Literal["stored", "deflate"]
-
-_DEFLATE_LEVELS: Final[Mapping[str, int | None]] = {"stored": None, "deflate": 6}
 _READ_STEP: Final = 1 << 20
 _UNSET: Final = object()
 
@@ -41,6 +42,7 @@ class ScaleoutModelBuilder:
         self._source: Container | None = None
         self._legacy: MappedBytes | None = None
         self._legacy_checksum: str | None = None
+        self._weights_limits: ArchiveLimits | None = None
         self._is_new = False
         self._helper: Helper | None = None
         self._weights: Any = _UNSET
@@ -88,6 +90,7 @@ class ScaleoutModelBuilder:
         """Begin with a model's contents; the model may be closed afterwards."""
         builder = cls()
         builder._source = model._container.dup()  # noqa: SLF001 - the other half of the same class
+        builder._weights_limits = builder._source.weights_limits
         builder._helper = model._helper  # noqa: SLF001
         builder._legacy_checksum = model._legacy_checksum  # noqa: SLF001
         return builder
@@ -98,9 +101,11 @@ class ScaleoutModelBuilder:
         try:
             if layout.is_container(source.view()):
                 builder._source = Container(source, limits=limits)
+                builder._weights_limits = builder._source.weights_limits
             else:
                 layout.check_size(source, limits)
                 builder._legacy = source
+                builder._weights_limits = ArchiveLimits(max_entries=limits.max_arrays, max_inflated=limits.max_inflated)
                 builder._legacy_checksum = source.sha256()
         except BaseException:
             source.close()
@@ -169,25 +174,41 @@ class ScaleoutModelBuilder:
 
     # The result
 
-    def build(self, *, compression: Compression = "stored") -> ScaleoutModel:
-        """Make the model. What comes from a loaded model is taken over as it is, whatever the compression."""
-        if compression not in _DEFLATE_LEVELS:
-            raise ValueError(f"compression must be one of {', '.join(_DEFLATE_LEVELS)}, not {compression!r}")
-        if self._source is not None and not self._changes_source(self._source):
-            return self._finish(self._source.dup())
-        with MemoryFile() as file:
+    def build(self, *, compression: Compression = "auto", checksum: bool = False) -> ScaleoutModel:
+        """Make the model. What comes from a loaded model is taken over as it is, whatever the compression.
+
+        `compression`: "stored" leaves new contents as they are, so that arrays are used in place; "deflate" deflates
+        them; "auto" deflates an entry when a sample shows that this saves at least 10 %. `checksum`: hash the bytes
+        while they are written, on another core, for a checksum that will be asked for soon.
+        """
+        if compression not in COMPRESSIONS:
+            raise ValueError(f"compression must be one of {', '.join(COMPRESSIONS)}, not {compression!r}")
+        source = self._source
+        if source is not None and not self._changes_source(source):
+            return self._finish(source.dup())
+        if source is not None and not self._changes_contents():
+            relabelled = source.with_metadata(self._final_metadata(self._helper))
+            if relabelled is not None:
+                return self._finish(relabelled)
+        with MemoryFile(hashing=checksum) as file:
             writer = ZipWriter(file)
-            helper = self._write_contents(writer, _DEFLATE_LEVELS[compression])
+            helper = self._write_contents(writer, file, compression)
             # Last, because it is all that changes when only the id does.
             writer.add(layout.METADATA, layout.encode_metadata(self._final_metadata(helper)))
             writer.finish()
             memory = file.seal()
         # What was taken over from an unchecked source is not known to be whole by being copied.
-        trusted = self._source is None or self._source.trusted
-        return self._finish(Container(memory, trusted=trusted, limits=_NO_LIMITS))
+        trusted = source is None or source.trusted
+        container = Container(memory, trusted=trusted, limits=NO_LIMITS, entries=writer.entries)
+        if self._weights is _UNSET and self._weights_limits is not None:
+            container.weights_limits = self._weights_limits
+        return self._finish(container)
+
+    def _changes_contents(self) -> bool:
+        return self._weights is not _UNSET or self._inference is not None or bool(self._files)
 
     def _changes_source(self, source: Container) -> bool:
-        if self._weights is not _UNSET or self._inference is not None or self._files or self._metadata:
+        if self._changes_contents() or self._metadata:
             return True
         return self._model_id is not None and self._model_id != source.metadata.get("model_id")
 
@@ -196,25 +217,22 @@ class ScaleoutModelBuilder:
             container, helper=self._helper, legacy_checksum=self._legacy_checksum
         )
 
-    def _write_contents(self, writer: ZipWriter, level: int | None) -> Helper | None:
+    def _write_contents(self, writer: ZipWriter, file: MemoryFile, compression: Compression) -> Helper | None:
         """Write everything but the metadata; returns the helper whose name the metadata must bear."""
         helper = self._helper
         written = {layout.METADATA}
         if self._weights is not _UNSET:
             helper = helper or self._helper_of_source() or get_helper("numpyhelper")
-            _write_weights(writer, helper, self._weights, level)
+            with _entry(writer, file, layout.TRAINING_MODEL, compression) as entry:
+                helper.save(self._weights, entry)
             written.add(layout.TRAINING_MODEL)
         for name, content in self._new_entries():
-            if level is None:
-                writer.add(name, content, align=True)
-            else:
-                with writer.stream(name, deflate_level=level) as entry:
-                    entry.write(content)
+            _write_bytes(writer, file, name, memoryview(content), compression)
             written.add(name)
         if self._source is not None:
             for name, taken in self._source.entries.items():
                 if name not in written:
-                    writer.add_raw(self._source.source.view(), taken)
+                    writer.add_raw(self._source.source, taken)
         return helper
 
     def _new_entries(self) -> Iterator[tuple[str, bytes | memoryview]]:
@@ -250,18 +268,23 @@ class ScaleoutModelBuilder:
         return metadata
 
 
-#: What this process builds is bounded by its memory, not by what it accepts from others.
-_NO_LIMITS: Final = ContainerLimits(max_size=1 << 62, max_inflated=1 << 62, max_entries=1 << 31, max_metadata=1 << 62)
-
-
-def _write_weights(writer: ZipWriter, helper: Helper, weights: Any, level: int | None) -> None:
-    entry = writer.stream(layout.TRAINING_MODEL, deflate_level=level)
+@contextlib.contextmanager
+def _entry(writer: ZipWriter, file: MemoryFile, name: str, compression: Compression) -> Iterator[EntrySink]:
+    """Give a file whose bytes become an entry; after an error the archive is of no use."""
+    entry = EntrySink(writer, file, name, compression)
     try:
-        helper.save(weights, entry)
+        yield entry
     except BaseException:
         entry.abandon()
         raise
     entry.close()
+
+
+def _write_bytes(writer: ZipWriter, file: MemoryFile, name: str, content: memoryview, compression: Compression) -> None:
+    with _entry(writer, file, name, compression) as entry:
+        if entry.decide(sample_of([content]), content.nbytes):
+            entry.announce(size=content.nbytes, crc=crc32(content))
+        entry.write(content)
 
 
 def _bytes_of(data: bytes | SealedMemory) -> bytes | memoryview:

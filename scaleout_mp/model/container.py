@@ -13,11 +13,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.errors import IncompatibleModelFormatError, ModelError, ModelFormatError
 from scaleout_mp.model import zip_reader
-from scaleout_mp.model.memfd import DEFAULT_MAX_SIZE, MappedBytes
+from scaleout_mp.model.memfd import DEFAULT_MAX_SIZE, Bytes
+from scaleout_mp.model.spliced import splice
 from scaleout_mp.model.zip_reader import ArchiveLimits
+from scaleout_mp.model.zip_writer import ZipWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
+
+    from scaleout_mp.model.spliced import Backing
+    from scaleout_mp.model.zip_reader import ZipEntry
 
 METADATA: Final = "metadata.json"
 TRAINING_MODEL: Final = "training_model.bin"
@@ -33,36 +38,64 @@ _OLD_VERSION_KEY: Final = "version"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContainerLimits:
-    """What a model from outside may claim before it is refused. Sizes in bytes."""
+    """What a model from outside may claim before it is refused with ModelFormatError. Sizes in bytes.
+
+    Opening a model and reading its weights takes at most `max_size + max_inflated` of memory, and a few hundred bytes
+    for each entry and array, and what the metadata become as Python objects.
+    """
 
     #: The whole file.
     max_size: int = DEFAULT_MAX_SIZE
-    #: All entries together, once inflated.
+    #: All that has to be inflated: deflated entries, and deflated arrays in them, together. What is stored is used in
+    #: place.
     max_inflated: int = 16 << 30
+    #: Entries of the container: weights, inference model, files.
     max_entries: int = 4096
+    #: Arrays among the weights.
+    max_arrays: int = 1 << 17
     max_metadata: int = 16 << 20
 
 
 DEFAULT_LIMITS: Final = ContainerLimits()
 
+#: What a process builds is bounded by its memory, not by what it accepts from others.
+NO_LIMITS: Final = ContainerLimits(
+    max_size=1 << 62, max_inflated=1 << 62, max_entries=1 << 31, max_arrays=1 << 31, max_metadata=1 << 62
+)
+
 
 class Container:
     """An opened container: its directory and metadata are checked, its entries are read when asked for."""
 
-    def __init__(self, source: MappedBytes, *, trusted: bool = False, limits: ContainerLimits = DEFAULT_LIMITS) -> None:
+    def __init__(
+        self,
+        source: Backing,
+        *,
+        trusted: bool = False,
+        limits: ContainerLimits = DEFAULT_LIMITS,
+        entries: Iterable[ZipEntry] | None = None,
+    ) -> None:
         """Open and take ownership of `source`, which stays the caller's when this raises.
 
         `trusted`: its bytes were made or checked by this package; stored entries are not compared with
-        their CRC-32.
+        their CRC-32. `entries`: what is in it, when that needs not be read from its directory.
         """
         check_size(source, limits)
         self.source = source
-        self.entries = zip_reader.read_directory(
-            source.view(), ArchiveLimits(max_entries=limits.max_entries, max_total=limits.max_inflated)
-        )
+        self.entries: dict[str, ZipEntry]
+        if entries is None:
+            wanted = ArchiveLimits(max_entries=limits.max_entries, max_inflated=limits.max_inflated)
+            self.entries = zip_reader.read_directory(source.view(), wanted)
+        else:
+            self.entries = {entry.name: entry for entry in entries}
         for name in self.entries:
             _check_entry_name(name)
         self.trusted = trusted
+        inflated = sum(entry.size for entry in self.entries.values() if entry.method == zip_reader.DEFLATED)
+        #: For the archive that the weights are.
+        self.weights_limits = ArchiveLimits(
+            max_entries=limits.max_arrays, max_inflated=max(0, limits.max_inflated - inflated)
+        )
         self._checked: set[str] = set()
         self.metadata, self.format_version = self._read_metadata(limits)
 
@@ -78,6 +111,27 @@ class Container:
         twin._checked = set(self._checked)  # noqa: SLF001 - the same class
         return twin
 
+    def with_metadata(self, metadata: Mapping[str, Any]) -> Container | None:
+        """Return a container that differs in its metadata only and shares everything else.
+
+        None where that cannot be: the bytes might change, as in a file, or the metadata do not stand last.
+        """
+        cut = self.entries[METADATA].header_offset
+        kept = [entry for name, entry in self.entries.items() if name != METADATA]
+        if any(entry.data_end > cut for entry in kept):
+            return None
+        tail = _Tail(cut)
+        writer = ZipWriter(tail, start=0, entries=kept)
+        writer.add(METADATA, encode_metadata(metadata))
+        writer.finish()
+        source = splice(self.source, cut, tail.data)
+        if source is None:
+            return None
+        twin = Container(source, trusted=self.trusted, limits=NO_LIMITS, entries=writer.entries)
+        twin.weights_limits = self.weights_limits
+        twin._checked = self._checked - {METADATA}
+        return twin
+
     def content(self, name: str) -> memoryview:
         """Return an entry's bytes, read-only; a stored entry is compared with its CRC-32 the first time."""
         entry = self.entries.get(name)
@@ -85,33 +139,37 @@ class Container:
             raise ModelError(f"the model has no {name}")
         # Threads that race here compare twice, which is harmless.
         verify = not self.trusted and name not in self._checked
-        data = zip_reader.read_entry(self.source.view(), entry, verify=verify)
+        data = zip_reader.read_entry(self._raw(entry), entry, verify=verify)
         self._checked.add(name)
         return data
 
     def verify(self) -> None:
         """Compare every entry with its CRC-32, in little memory; ModelFormatError when one differs."""
         for name, entry in self.entries.items():
-            for _ in zip_reader.iter_entry(self.source.view(), entry):
+            for _ in zip_reader.iter_entry(self._raw(entry), entry):
                 pass
             self._checked.add(name)
+
+    def _raw(self, entry: ZipEntry) -> memoryview:
+        return self.source.span(entry.data_offset, entry.data_end)
 
     def content_digest(self) -> bytes:
         """Return the SHA-256 that signatures cover: each entry's name, NUL and bytes, by name."""
         digest = hashlib.sha256()
         for name in sorted(self.entries):
             digest.update(name.encode() + b"\0")
-            for piece in zip_reader.iter_entry(self.source.view(), self.entries[name]):
+            for piece in zip_reader.iter_entry(self._raw(self.entries[name]), self.entries[name]):
                 digest.update(piece)
         return digest.digest()
 
     def _read_metadata(self, limits: ContainerLimits) -> tuple[dict[str, Any], int]:
         if METADATA not in self.entries:
             raise ModelFormatError(f"the archive has no {METADATA}")
-        if self.entries[METADATA].size > limits.max_metadata:
+        entry = self.entries[METADATA]
+        if entry.size > limits.max_metadata:
             raise ModelFormatError(f"{METADATA} is larger than the {limits.max_metadata:,} bytes that are allowed")
         # Small, and everything depends on it: compared even when the source is trusted.
-        data = zip_reader.read_entry(self.source.view(), self.entries[METADATA], verify=True)
+        data = zip_reader.read_entry(self._raw(entry), entry, verify=True)
         try:
             metadata = json.loads(bytes(data))
         except (ValueError, RecursionError) as error:
@@ -126,7 +184,7 @@ class Container:
         return metadata, version
 
 
-def check_size(source: MappedBytes, limits: ContainerLimits) -> None:
+def check_size(source: Backing, limits: ContainerLimits) -> None:
     """Raise ModelFormatError when a model is larger than allowed."""
     if source.size > limits.max_size:
         raise ModelFormatError(f"the model has {source.size:,} bytes; {limits.max_size:,} are allowed")
@@ -143,6 +201,23 @@ def is_container(view: memoryview) -> bool:
         return False
     # Bare weights of many arrays are an archive, too; how many entries a container may have is checked later.
     return METADATA in zip_reader.read_directory(view, ArchiveLimits(max_entries=1 << 20))
+
+
+class _Tail:
+    """What comes behind the first bytes of an archive, in ordinary memory."""
+
+    def __init__(self, size: int) -> None:
+        #: Length of the archive so far, in bytes.
+        self.size = size
+        self.data = bytearray()
+
+    def write(self, *parts: Bytes) -> int:
+        """Append all parts."""
+        written = sum(len(part) for part in parts)
+        for part in parts:
+            self.data += part
+        self.size += written
+        return written
 
 
 def encode_metadata(metadata: Mapping[str, Any]) -> bytes:

@@ -9,8 +9,8 @@ import uuid
 from scaleout_mp.model.memfd import Bytes, write_all
 
 
-def replace_file(path: str | os.PathLike[str], data: Bytes, *, sync: bool) -> None:
-    """Write `data` beside `path` and rename it there: a reader sees the old file or the new one.
+def replace_file(path: str | os.PathLike[str], *parts: Bytes, sync: bool) -> None:
+    """Write all parts beside `path` and rename it there: a reader sees the old file or the new one.
 
     `sync`: make it survive a loss of power, too.
     """
@@ -19,7 +19,7 @@ def replace_file(path: str | os.PathLike[str], data: Bytes, *, sync: bool) -> No
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         try:
-            write_all(fd, data)
+            write_all(fd, *parts)
             if sync:
                 os.fsync(fd)
         finally:

@@ -6,15 +6,20 @@ fcntl(2) on file sealing.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import mmap
 import os
 import stat
+import threading
 import weakref
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from scaleout_mp.errors import ModelFormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 #: Nobody can shrink (SIGBUS in a reader), grow, rewrite or unseal the memory once it is handed over.
 ALL_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
@@ -22,7 +27,8 @@ ALL_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE 
 #: What a model from outside may weigh, unless the caller says otherwise.
 DEFAULT_MAX_SIZE: Final = 16 << 30
 
-_HASH_STEP: Final = 1 << 20
+#: From this many bytes on it pays to hash them on another core while they are written.
+_HASH_BESIDE: Final = 1 << 18
 
 Bytes = bytes | bytearray | memoryview
 
@@ -44,7 +50,7 @@ class MappedBytes:
         self._map: mmap.mmap | None = None
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
+    def open(cls, path: str | os.PathLike[str], *, sha256: str | None = None) -> Self:
         """Open a regular file where it lies, without a copy.
 
         The file must not be truncated while it is mapped: a reader would die of SIGBUS. Replacing it by
@@ -56,7 +62,7 @@ class MappedBytes:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise ModelFormatError(f"{os.fspath(path)} is not a regular file")  # noqa: TRY301
-            return cls(fd, status.st_size)
+            return cls(fd, status.st_size, sha256=sha256)
         except BaseException:
             os.close(fd)
             raise
@@ -102,14 +108,22 @@ class MappedBytes:
         """Return all bytes as a read-only view of the map."""
         return memoryview(self.map()) if self._size else memoryview(b"")
 
+    def span(self, start: int, end: int) -> memoryview:
+        """Return the bytes from `start` up to `end` as a read-only view."""
+        return self.view()[start:end]
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Yield all bytes in order, in as few views as they lie in."""
+        yield self.view()
+
+    def copy_into(self, file: MemoryFile, start: int, end: int) -> None:
+        """Append the bytes from `start` up to `end` to `file`, inside the kernel."""
+        file.copy(self, start, end)
+
     def sha256(self) -> str:
         """Return the SHA-256 of the bytes in hex; computed once."""
         if self._sha256 is None:
-            digest = hashlib.sha256()
-            view = self.view()
-            for start in range(0, self._size, _HASH_STEP):
-                digest.update(view[start : start + _HASH_STEP])
-            self._sha256 = digest.hexdigest()
+            self._sha256 = hashlib.sha256(self.view()).hexdigest()
         return self._sha256
 
     def dup(self) -> Self:
@@ -120,9 +134,7 @@ class MappedBytes:
 
     def moved_to(self, path: str | os.PathLike[str]) -> MappedBytes:
         """Return the owner of a file that now holds the same bytes."""
-        moved = MappedBytes.open(path)
-        moved._sha256 = self._sha256  # noqa: SLF001 - the same class
-        return moved
+        return MappedBytes.open(path, sha256=self._sha256)
 
     def close(self) -> None:
         """Give the descriptor back, and the map as soon as no view of it is left. Safe to call again."""
@@ -162,27 +174,45 @@ class SealedMemory(MappedBytes):
 class MemoryFile:
     """Anonymous memory while it is filled: append, patch what was written, seal."""
 
-    def __init__(self, *, name: str = "scaleout-model") -> None:
-        """Make empty memory; `name` shows in /proc/<pid>/fd."""
+    def __init__(self, *, name: str = "scaleout-model", hashing: bool = False) -> None:
+        """Make empty memory; `name` shows in /proc/<pid>/fd.
+
+        `hashing`: compute the SHA-256 while bytes are written, on another core when they are many. A patch makes it
+        worthless, and it is then computed when it is asked for.
+        """
         self._fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self._closer = weakref.finalize(self, os.close, self._fd)
         self._closer.atexit = False
+        self._digest = hashlib.sha256() if hashing else None
         #: Bytes written so far.
         self.size = 0
 
     def write(self, *parts: Bytes) -> int:
         """Append all parts, in order, in as few system calls as possible; returns the bytes written."""
-        if not self._closer.alive:
-            raise ValueError("the memory was sealed or closed")
-        # By write(2), not through a map: the kernel fills fresh pages without a fault for each.
-        written = write_all(self._fd, *parts)
+        self._require_open()
+        with _hashed_beside(self._digest, parts):
+            # By write(2), not through a map: the kernel fills fresh pages without a fault for each.
+            written = write_all(self._fd, *parts)
         self.size += written
         return written
+
+    def copy(self, source: MappedBytes, start: int, end: int) -> None:
+        """Append bytes of another file or memory; they do not pass through this process."""
+        self._require_open()
+        with _hashed_beside(self._digest, () if self._digest is None else (source.span(start, end),)):
+            # sendfile takes any pair of files; copy_file_range, no faster, refuses some.
+            while start < end:
+                done = os.sendfile(self._fd, source.fileno(), start, end - start)
+                if not done:
+                    raise ModelFormatError("the model's file was cut off while it was read")
+                start += done
+                self.size += done
 
     def patch(self, offset: int, data: Bytes) -> None:
         """Overwrite bytes that were written before."""
         if offset + len(data) > self.size:
             raise ValueError("a patch must lie within what was written")
+        self._digest = None
         if os.pwrite(self._fd, data, offset) != len(data):
             raise OSError("short write to memory")
 
@@ -195,17 +225,48 @@ class MemoryFile:
 
     def seal(self) -> SealedMemory:
         """Make the bytes final and return them."""
-        return SealedMemory(*self.release())
+        sha256 = None if self._digest is None else self._digest.hexdigest()
+        return SealedMemory(*self.release(), sha256=sha256)
 
     def close(self) -> None:
         """Drop the memory, unless it was sealed and handed on."""
         self._closer()
+
+    def _require_open(self) -> None:
+        if not self._closer.alive:
+            raise ValueError("the memory was sealed or closed")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _hashed_beside(digest: hashlib._Hash | None, parts: tuple[Bytes, ...]) -> Iterator[None]:
+    """Hash the parts while the block runs; they are all hashed when it is left."""
+    thread = None
+    if digest is not None:
+
+        def update() -> None:
+            for part in parts:
+                digest.update(part)
+
+        if sum(memoryview(part).nbytes for part in parts) >= _HASH_BESIDE:
+            thread = threading.Thread(target=update, name="sha256")
+            try:
+                thread.start()
+            except RuntimeError:
+                # A task may not be allowed another thread.
+                thread = None
+        if thread is None:
+            update()
+    try:
+        yield
+    finally:
+        if thread is not None:
+            thread.join()
 
 
 class MemoryWriter:
@@ -260,6 +321,15 @@ def verify_sealed(fd: int) -> None:
         raise ModelFormatError(f"the descriptor is not sealed memory: {error.strerror}") from error
     if seals & ALL_SEALS != ALL_SEALS:
         raise ModelFormatError(f"the memory is not fully sealed (seals {seals:#x})")
+
+
+def is_sealed(fd: int) -> bool:
+    """Say whether a descriptor is memory that nobody can change any more."""
+    try:
+        verify_sealed(fd)
+    except ModelFormatError:
+        return False
+    return True
 
 
 def write_all(fd: int, *parts: Bytes) -> int:

@@ -10,7 +10,7 @@ import ast
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
@@ -18,16 +18,21 @@ from numpy.lib import format as npy_format
 
 from scaleout_mp.errors import ModelFormatError
 from scaleout_mp.model import zip_reader
+from scaleout_mp.model.deflate import sample_of
+from scaleout_mp.model.entry_sink import EntrySink
 from scaleout_mp.model.zip_reader import ArchiveLimits
-from scaleout_mp.model.zip_writer import ALIGNMENT, Sink, ZipWriter
+from scaleout_mp.model.zip_writer import ALIGNMENT, ScanSink, Sink, ZipWriter
 
 if TYPE_CHECKING:
     from scaleout_mp.model.memfd import Bytes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-#: A model may have very many small arrays.
-NPZ_LIMITS: Final = ArchiveLimits(max_entries=1 << 20)
+#: For weights that do not come in a container with limits of its own.
+NPZ_LIMITS: Final = ArchiveLimits(max_entries=1 << 17)
+
+#: An array that does not lie in one piece is gathered in blocks of so many bytes.
+_GATHER_AT_ONCE: Final = 16 << 20
 
 _MAGIC: Final = b"\x93NUMPY"
 _MAX_HEADER: Final = (1 << 16) - 1
@@ -42,28 +47,84 @@ _COMMON_HEADER: Final = re.compile(
 
 
 def write_arrays(arrays: Iterable[Any], sink: Sink) -> None:
-    """Write whatever numpy takes as arrays, uncompressed, each one's data at a 64-byte boundary."""
+    """Write whatever numpy takes as arrays, uncompressed, each one's data at a 64-byte boundary.
+
+    Arrays are written out of their own memory; nobody may change them meanwhile.
+    """
     if isinstance(arrays, Mapping | str | bytes):
         raise TypeError(f"the weights must be a list of arrays, not {type(arrays).__name__}")
+    encoded = [EncodedArray(np.asanyarray(item), label=f"array {index}") for index, item in enumerate(arrays)]
+    if not isinstance(sink, EntrySink):
+        _write_encoded(encoded, sink)
+    elif sink.decide(_sample(encoded), sum(item.array.nbytes for item in encoded)):
+        # The entry's header stands before the arrays and has their CRC-32. With that known beforehand, all is
+        # written, and hashed where that is asked for, in the order in which it lies.
+        scan = ScanSink()
+        sums = _write_encoded(encoded, scan)
+        sink.announce(size=scan.size, crc=scan.crc)
+        _write_encoded(encoded, sink, sums)
+    else:
+        _write_encoded(encoded, sink)
+
+
+def _write_encoded(encoded: list[EncodedArray], sink: Sink, sums: Sequence[int] | None = None) -> list[int]:
+    """Write the archive and return the CRC-32 of each member; `sums`: when they are known already."""
     writer = ZipWriter(sink)
-    for index, item in enumerate(arrays):
-        header, data = encode_array(np.asanyarray(item), label=f"array {index}")
-        writer.add(f"{index}.npy", header, data, align=True)
+    found = [
+        writer.add_blocks(f"{index}.npy", item.blocks, item.size, crc=sums[index] if sums else None, align=True)
+        for index, item in enumerate(encoded)
+    ]
     writer.finish()
+    return found
 
 
-def encode_array(array: Array, *, label: str = "array") -> tuple[bytes, Bytes]:
-    """Return an array's .npy header and its bytes: the array's own when it is contiguous."""
-    if array.dtype.hasobject:
-        raise ModelFormatError(f"{label} has the dtype object; models hold plain numbers")
-    if not (array.flags.c_contiguous or array.flags.f_contiguous):
-        array = np.ascontiguousarray(array)
-    fields = npy_format.header_data_from_array_1_0(array)
-    header = _write_header(fields, label)
+def _sample(encoded: list[EncodedArray]) -> Iterator[memoryview]:
+    """Yield pieces of the arrays' data; what does not lie in one piece is left out, unless nothing else is there."""
+    flat = [item.data for item in encoded if item.data is not None]
+    if not flat:
+        flat = [np.ascontiguousarray(item.array[:1]).reshape(-1).view(np.uint8).data for item in encoded[:1]]
+    yield from sample_of(flat)
+
+
+class EncodedArray:
+    """An array as a .npy file: a header, and the array's own memory."""
+
+    def __init__(self, array: Array, *, label: str = "array") -> None:
+        if array.dtype.hasobject:
+            raise ModelFormatError(f"{label} has the dtype object; models hold plain numbers")
+        if not (array.flags.c_contiguous or array.flags.f_contiguous) and array.nbytes < _GATHER_AT_ONCE:
+            array = np.ascontiguousarray(array)
+        fields = npy_format.header_data_from_array_1_0(array)
+        self.array = array
+        self.header = _write_header(fields, label)
+        #: The array's bytes in their order in the file; None when they lie too far apart to be one view.
+        self.data = _flat(array, fortran=fields["fortran_order"])
+
+    @property
+    def size(self) -> int:
+        """Length of the file in bytes."""
+        return len(self.header) + self.array.nbytes
+
+    def blocks(self) -> Iterator[Bytes]:
+        """Yield the file's bytes."""
+        yield self.header
+        if self.data is not None:
+            yield self.data
+            return
+        # A piece at a time: a large array must not stand in memory twice.
+        flags: Any = ["external_loop", "buffered"]
+        size = max(1, _GATHER_AT_ONCE // self.array.itemsize)
+        for piece in np.nditer(self.array, flags=flags, buffersize=size, order="C"):
+            yield np.ascontiguousarray(piece).view(np.uint8).data
+
+
+def _flat(array: Array, *, fortran: bool) -> memoryview | None:
     if not array.nbytes:
-        return header, b""
-    flat = (array.T if fields["fortran_order"] else array).reshape(-1)
-    return header, np.asarray(flat).view(np.uint8).data
+        return memoryview(b"")
+    if not (array.flags.c_contiguous or array.flags.f_contiguous):
+        return None
+    flat = (array.T if fortran else array).reshape(-1)
+    return np.asarray(flat).view(np.uint8).data
 
 
 def read_arrays(view: memoryview, *, verify: bool = True, limits: ArchiveLimits = NPZ_LIMITS) -> list[Array]:
@@ -78,7 +139,7 @@ def read_arrays(view: memoryview, *, verify: bool = True, limits: ArchiveLimits 
         entry = entries.get(f"{index}.npy")
         if entry is None:
             raise ModelFormatError(f"the weights lack {index}.npy among {len(entries)} arrays")
-        arrays.append(decode_array(zip_reader.read_entry(view, entry, verify=verify), label=entry.name))
+        arrays.append(decode_array(zip_reader.read_entry(entry.raw(view), entry, verify=verify), label=entry.name))
     return arrays
 
 

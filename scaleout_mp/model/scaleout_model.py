@@ -11,7 +11,7 @@ from scaleout_mp.model import container as layout
 from scaleout_mp.model.container import DEFAULT_LIMITS, Container, ContainerLimits
 from scaleout_mp.model.files import replace_file
 from scaleout_mp.model.helpers import Helper, get_helper
-from scaleout_mp.model.memfd import MappedBytes, SealedMemory
+from scaleout_mp.model.memfd import MappedBytes, SealedMemory, is_sealed
 from scaleout_mp.model.streams import ViewStream
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-    from scaleout_mp.model.builder import Compression, ScaleoutModelBuilder
+    from scaleout_mp.model.builder import ScaleoutModelBuilder
+    from scaleout_mp.model.deflate import Compression
     from scaleout_mp.wire.edge_pb2 import FileChunk
 
 #: Bytes of one message of a model stream.
@@ -61,13 +62,17 @@ class ScaleoutModel:
         helper: Helper | None = None,
         metadata: Mapping[str, Any] | None = None,
         *,
-        compression: Compression = "stored",
+        compression: Compression = "auto",
+        checksum: bool = False,
     ) -> ScaleoutModel:
-        """Build a model from weights, with a fresh model id; numpyhelper unless another helper is given."""
+        """Build a model from weights, with a fresh model id; numpyhelper unless another helper is given.
+
+        `compression` and `checksum`: see `ScaleoutModelBuilder.build`.
+        """
         from scaleout_mp.model.builder import ScaleoutModelBuilder
 
         builder = ScaleoutModelBuilder.from_training_model(model_params, helper)
-        return builder.set_metadata_dict(metadata or {}).build(compression=compression)
+        return builder.set_metadata_dict(metadata or {}).build(compression=compression, checksum=checksum)
 
     @staticmethod
     def from_file(file_path: str | os.PathLike[str], *, limits: ContainerLimits = DEFAULT_LIMITS) -> ScaleoutModel:
@@ -107,7 +112,7 @@ class ScaleoutModel:
         compared with their CRC-32. Without it (for what comes from the supervisor) a file is as good, and
         contents are not read.
         """
-        source = SealedMemory.from_fd(fd) if verify else MappedBytes.from_fd(fd)
+        source = SealedMemory.from_fd(fd) if verify or is_sealed(fd) else MappedBytes.from_fd(fd)
         try:
             container = Container(source, trusted=not verify, limits=limits)
             if verify:
@@ -180,7 +185,8 @@ class ScaleoutModel:
 
     def get_training_model_stream(self) -> ViewStream:
         """Return the weights' bytes as a file, to be used in a with statement."""
-        return ViewStream(self._container.content(layout.TRAINING_MODEL))
+        container = self._container
+        return ViewStream(container.content(layout.TRAINING_MODEL), limits=container.weights_limits)
 
     # Inference model and files
 
@@ -259,7 +265,7 @@ class ScaleoutModel:
     def save_to_file(self, file_path: str | os.PathLike[str]) -> None:
         """Write the container to a file, replacing it whole; from then on this model refers to that file."""
         source = self._container.source
-        replace_file(file_path, source.view(), sync=False)
+        replace_file(file_path, *source.pieces(), sync=False)
         self._container.source = source.moved_to(file_path)
         source.close()
 
@@ -275,12 +281,12 @@ class ScaleoutModel:
             yield FileChunk(data=bytes(chunk))
 
     def iter_chunks(self, chunk_size: int = CHUNK_SIZE) -> Iterator[memoryview]:
-        """Yield the container as views of its memory, without a copy."""
+        """Yield the container as views of its memory, without a copy; none is longer than `chunk_size` bytes."""
         if chunk_size < 1:
             raise ValueError("the chunk size must be positive")
-        view = self._container.source.view()
-        for start in range(0, len(view), chunk_size):
-            yield view[start : start + chunk_size]
+        for piece in self._container.source.pieces():
+            for start in range(0, len(piece), chunk_size):
+                yield piece[start : start + chunk_size]
 
     def fileno(self) -> int:
         """Return the descriptor of the container, for another process; it stays this model's."""

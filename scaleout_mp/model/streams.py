@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scaleout_mp.model.zip_reader import ArchiveLimits
 
 
 class ViewStream(io.RawIOBase):
     """A read-only, seekable file over a memoryview; `getbuffer` gives the bytes without a copy."""
 
-    def __init__(self, view: memoryview) -> None:
+    def __init__(self, view: memoryview, *, limits: ArchiveLimits | None = None) -> None:
+        """`limits`: for the archive that the bytes may be."""
         super().__init__()
+        self.limits = limits
         self._view = view
         self._position = 0
 

@@ -60,11 +60,11 @@ class ArchiveLimits:
 
     #: Entries in the directory.
     max_entries: int = 4096
-    #: Bytes of all entries together, once inflated.
-    max_total: int = 16 << 30
+    #: Bytes that deflated entries may inflate to, all together. Stored ones are bounded by the archive itself.
+    max_inflated: int = 16 << 30
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ZipEntry:
     """One entry of an archive; offsets count from the archive's first byte."""
 
@@ -80,6 +80,10 @@ class ZipEntry:
     def data_end(self) -> int:
         """Offset just past the entry's data."""
         return self.data_offset + self.compressed_size
+
+    def raw(self, archive: memoryview) -> memoryview:
+        """Return the entry's bytes as they lie in the archive."""
+        return archive[self.data_offset : self.data_end]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,43 +105,45 @@ def read_directory(view: memoryview, limits: ArchiveLimits) -> dict[str, ZipEntr
     if directory.entries > limits.max_entries:
         raise ModelFormatError(f"the archive has {directory.entries} entries; {limits.max_entries} are allowed")
     entries: dict[str, ZipEntry] = {}
-    total = 0
+    inflated = 0
     for entry in _walk_directory(view, directory):
         if entry.name in entries:
             raise ModelFormatError(f"entry {entry.name!r} occurs twice")
-        total += entry.size
-        if total > limits.max_total:
-            raise ModelFormatError(f"the entries hold more than the {limits.max_total:,} bytes that are allowed")
+        inflated += entry.size if entry.method == DEFLATED else 0
+        if inflated > limits.max_inflated:
+            raise ModelFormatError(
+                f"the entries inflate to more than the {limits.max_inflated:,} bytes that are allowed"
+            )
         entries[entry.name] = entry
     _refuse_overlap(entries, directory)
     return entries
 
 
-def read_entry(view: memoryview, entry: ZipEntry, *, verify: bool) -> memoryview:
-    """Return an entry's bytes, read-only: a view of the archive when it is stored, else inflated.
+def read_entry(raw: memoryview, entry: ZipEntry, *, verify: bool) -> memoryview:
+    """Return an entry's bytes, read-only: `raw` itself when it is stored, else inflated.
 
-    `verify`: compare a stored entry with its CRC-32. What is inflated is always compared.
+    `raw`: its bytes in the archive. `verify`: compare a stored entry with its CRC-32. What is inflated is always
+    compared.
     """
     if entry.method == STORED:
-        raw = view[entry.data_offset : entry.data_end]
         if verify and crc32(raw) != entry.crc:
             raise _damaged(entry)
         return raw
     # Not zeroed: pages are taken only as far as data really comes out.
     target = np.empty(entry.size, dtype=np.uint8).data
     filled = 0
-    for piece in iter_entry(view, entry):
+    for piece in iter_entry(raw, entry):
         target[filled : filled + len(piece)] = piece
         filled += len(piece)
     return target.toreadonly()
 
 
-def iter_entry(view: memoryview, entry: ZipEntry) -> Iterator[bytes | memoryview]:
+def iter_entry(raw: memoryview, entry: ZipEntry) -> Iterator[bytes | memoryview]:
     """Yield an entry's bytes in pieces, inflated as they are asked for, so that no entry fills the memory.
 
-    ModelFormatError when they are not what the directory says; damage may show only after the last piece.
+    `raw`: its bytes in the archive. ModelFormatError when they are not what the directory says; damage may show only
+    after the last piece.
     """
-    raw = view[entry.data_offset : entry.data_end]
     size = crc = 0
     for piece in _slices(raw) if entry.method == STORED else _inflate(raw, entry):
         size += len(piece)

@@ -1,12 +1,11 @@
-"""Writing ZIP archives into memory in one pass, with large entries aligned for use in place."""
+"""Writing ZIP archives in one pass, with large entries aligned for use in place."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
+import itertools
 import struct
-import zlib
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 from scaleout_mp.model import zip_reader as zf
 from scaleout_mp.model.checksums import crc32, crc32_combine
@@ -14,7 +13,9 @@ from scaleout_mp.model.memfd import Bytes, MemoryFile
 from scaleout_mp.model.zip_reader import ZipEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+    from scaleout_mp.model.spliced import Backing
 
 #: Cache lines and the widest vector loads: arrays at such offsets of a page-aligned map are used in place.
 ALIGNMENT: Final = 64
@@ -45,66 +46,120 @@ class Sink(Protocol):
         ...
 
 
+@runtime_checkable
+class SummingSink(Sink, Protocol):
+    """A sink that keeps the CRC-32 of all that goes into it."""
+
+    def take(self, crc: int, size: int, blocks: Iterable[Bytes]) -> None:
+        """Append blocks of `size` bytes whose common CRC-32 is known: they are not read for it again."""
+        ...
+
+
+class ScanSink:
+    """Keeps size and CRC-32 of an archive and nothing else: what its header must say before it is written."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.crc = 0
+
+    def write(self, *parts: Bytes) -> int:
+        """Count and sum all parts."""
+        written = 0
+        for part in parts:
+            self.crc = crc32(part, self.crc)
+            written += len(part)
+        self.size += written
+        return written
+
+    def take(self, crc: int, size: int, _blocks: Iterable[Bytes]) -> None:
+        """Count and sum bytes without looking at them."""
+        self.crc = crc32_combine(self.crc, crc, size)
+        self.size += size
+
+
 class ZipWriter:
     """Writes entries one after the other and the directory at the end.
 
-    An alignment counts from the sink's first byte.
+    An alignment counts from the archive's first byte.
     """
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Sink, *, start: int | None = None, entries: Iterable[ZipEntry] = ()) -> None:
+        """Begin an archive at the sink's end or, to go on with one, at `start`, with `entries` in place already."""
+        self.entries = list(entries)
         self._sink = sink
-        self._start = sink.size
-        self._entries: list[ZipEntry] = []
+        self._start = sink.size if start is None else start
 
-    def add(self, name: str, *parts: Bytes, crc: int | None = None, align: bool = False) -> None:
-        """Store an entry whose bytes are all at hand. `crc`: their CRC-32 when it is known already."""
-        size = sum(memoryview(part).nbytes for part in parts)
+    def add(self, name: str, *parts: Bytes, align: bool = False) -> int:
+        """Store an entry whose bytes are all at hand; returns its CRC-32."""
+        return self.add_blocks(name, lambda: parts, sum(len(part) for part in parts), align=align)
+
+    def add_blocks(
+        self,
+        name: str,
+        blocks: Callable[[], Iterable[Bytes]],
+        size: int,
+        *,
+        crc: int | None = None,
+        align: bool = False,
+    ) -> int:
+        """Store an entry of `size` bytes; returns its CRC-32.
+
+        `blocks` gives its bytes, the same each time it is called: for the CRC-32, unless that is known, and to be
+        written.
+        """
         if crc is None:
             crc = 0
-            for part in parts:
-                crc = crc32(part, crc)
-        entry = self._plan(name, zf.STORED, align=align, wide=size >= zf.MAX_32)
+            for block in blocks():
+                crc = crc32(block, crc)
+        wide = size >= zf.MAX_32
+        entry = self._plan(name, zf.STORED, align=align, wide=wide)
         entry = dataclasses.replace(entry, crc=crc, size=size, compressed_size=size)
-        header = self._header(entry, wide=size >= zf.MAX_32)
-        if isinstance(self._sink, EntrySink) and size >= COMBINE_FROM:
+        header = self._header(entry, wide=wide)
+        if size < COMBINE_FROM:
+            self._sink.write(header, *blocks())
+        elif isinstance(self._sink, SummingSink):
             self._sink.write(header)
-            self._sink.write_known(crc, *parts)
+            self._sink.take(crc, size, blocks())
         else:
-            self._sink.write(header, *parts)
-        self._entries.append(entry)
+            for block in itertools.chain((header,), blocks()):
+                self._sink.write(block)
+        self.entries.append(entry)
+        return crc
 
-    def add_raw(self, source: memoryview, entry: ZipEntry) -> None:
+    def add_raw(self, source: Backing, entry: ZipEntry) -> None:
         """Take over an entry of another archive as it is: nothing is inflated or compressed again."""
         wide = max(entry.size, entry.compressed_size) >= zf.MAX_32
         plan = self._plan(entry.name, entry.method, align=entry.method == zf.STORED, wide=wide)
         plan = dataclasses.replace(plan, crc=entry.crc, size=entry.size, compressed_size=entry.compressed_size)
-        self._sink.write(self._header(plan, wide=wide), source[entry.data_offset : entry.data_end])
-        self._entries.append(plan)
+        self._sink.write(self._header(plan, wide=wide))
+        source.copy_into(self._memory(), entry.data_offset, entry.data_end)
+        self.entries.append(plan)
 
-    def stream(self, name: str, *, deflate_level: int | None = None) -> EntrySink:
-        """Begin an entry whose bytes come later; close the sink that this returns before the next entry.
+    def begin(self, name: str, method: int, *, crc: int = 0, size: int = 0) -> ZipEntry:
+        """Write the header of an entry whose bytes come next. `end` must follow them."""
+        self._memory()
+        entry = self._plan(name, method, align=method == zf.STORED, wide=True)
+        entry = dataclasses.replace(entry, crc=crc, size=size, compressed_size=size)
+        self._sink.write(self._header(entry, wide=True))
+        return entry
 
-        `deflate_level`: None stores, 1 to 9 deflates. Only into memory: the header is completed afterwards.
-        """
-        sink = self._sink
-        if not isinstance(sink, MemoryFile):
-            raise TypeError("only an archive in memory takes streamed entries")
-        method = zf.STORED if deflate_level is None else zf.DEFLATED
-        entry = self._plan(name, method, align=True, wide=True)
-        sink.write(self._header(entry, wide=True))
+    def end(self, begun: ZipEntry, *, crc: int, size: int, compressed_size: int) -> None:
+        """Finish an entry. When its header said something else, it is put right: only possible in memory."""
+        entry = dataclasses.replace(begun, crc=crc, size=size, compressed_size=compressed_size)
+        if entry != begun:
+            self._memory().patch(self._start + entry.header_offset, self._header(entry, wide=True))
+        self.entries.append(entry)
 
-        def finish(crc: int, size: int, compressed_size: int) -> None:
-            done = dataclasses.replace(entry, crc=crc, size=size, compressed_size=compressed_size)
-            sink.patch(self._start + entry.header_offset, self._header(done, wide=True))
-            self._entries.append(done)
-
-        return EntrySink(sink, finish, deflate_level=deflate_level)
+    def _memory(self) -> MemoryFile:
+        if not isinstance(self._sink, MemoryFile):
+            raise TypeError("only an archive in memory takes entries whose bytes are not at hand")
+        return self._sink
 
     def finish(self) -> None:
         """Write the directory."""
         offset = self._sink.size - self._start
-        records = b"".join(_central_record(entry) for entry in self._entries)
-        count, size = len(self._entries), len(records)
+        records = b"".join(_central_record(entry) for entry in self.entries)
+        count, size = len(self.entries), len(records)
         end = b""
         if count >= zf.MAX_16 or offset + size >= zf.MAX_32:
             end = zf.END64.pack(
@@ -197,70 +252,3 @@ def _central_record(entry: ZipEntry) -> bytes:
         offset,
     )
     return fixed + name + extra
-
-
-class EntrySink(io.RawIOBase):
-    """The bytes of one entry as a file to write to. A helper's `save` gets one; it cannot seek."""
-
-    def __init__(self, sink: Sink, finish: Callable[[int, int, int], None], *, deflate_level: int | None) -> None:
-        super().__init__()
-        self._sink = sink
-        self._finish = finish
-        self._deflater = None
-        if deflate_level is not None:
-            self._deflater = zlib.compressobj(deflate_level, zlib.DEFLATED, -zlib.MAX_WBITS)
-        self._crc = 0
-        self._size = 0
-        self._compressed_size = 0
-
-    @property
-    def size(self) -> int:
-        """Bytes written so far, before compression."""
-        return self._size
-
-    def writable(self) -> bool:
-        """Return True."""
-        return True
-
-    def tell(self) -> int:
-        """Return the number of bytes written so far."""
-        return self._size
-
-    def write(self, *parts: Any) -> int:
-        """Append all parts; any contiguous buffers."""
-        views = [memoryview(part).cast("B") for part in parts]
-        for view in views:
-            self._crc = crc32(view, self._crc)
-        return self._append(views)
-
-    def write_known(self, crc: int, *parts: Bytes) -> int:
-        """Append parts whose common CRC-32 is known: they are not read for it again."""
-        views = [memoryview(part).cast("B") for part in parts]
-        length = sum(view.nbytes for view in views)
-        self._crc = crc32_combine(self._crc, crc, length)
-        return self._append(views)
-
-    def abandon(self) -> None:
-        """Close without finishing the entry; the archive is of no use then."""
-        super().close()
-
-    def close(self) -> None:
-        """Finish the entry."""
-        if self.closed:
-            return
-        if self._deflater is not None:
-            self._compressed_size += self._sink.write(self._deflater.flush())
-        self._finish(self._crc, self._size, self._compressed_size)
-        super().close()
-
-    def _append(self, views: list[memoryview]) -> int:
-        if self.closed:
-            raise ValueError("write to a finished entry")
-        length = sum(view.nbytes for view in views)
-        if self._deflater is None:
-            self._compressed_size += self._sink.write(*views)
-        else:
-            for view in views:
-                self._compressed_size += self._sink.write(self._deflater.compress(view))
-        self._size += length
-        return length

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from scaleout_mp.errors import ModelFormatError
 from scaleout_mp.model import ScaleoutModel, get_helper, register_helper
 from scaleout_mp.model.helpers import _helpers
-from scaleout_mp.model.npz import decode_array, encode_array, read_arrays
+from scaleout_mp.model.npz import EncodedArray, decode_array, read_arrays
 
 # A busy machine is no failure.
 relaxed = settings(deadline=None)
@@ -83,8 +83,7 @@ def test_what_numpy_writes_is_read(weights):
 
 def test_fortran_order_is_kept_without_a_copy():
     array = np.asfortranarray(np.arange(6.0).reshape(2, 3))
-    _, data = encode_array(array)
-    assert np.shares_memory(np.frombuffer(data, np.uint8), array)
+    assert np.shares_memory(np.frombuffer(EncodedArray(array).data, np.uint8), array)
 
 
 def test_custom_sixteen_bit_floats_come_as_raw_views():
@@ -157,7 +156,8 @@ def test_random_bytes_are_refused(data):
 @relaxed
 @given(st.data())
 def test_damaged_headers_are_refused_or_harmless(data):
-    header, body = encode_array(np.arange(3, dtype=np.int32))
+    encoded = EncodedArray(np.arange(3, dtype=np.int32))
+    header, body = encoded.header, encoded.data
     damaged = bytearray(header + bytes(body))
     for index in data.draw(st.lists(st.integers(0, len(header) - 1), min_size=1, max_size=5)):
         damaged[index] = data.draw(st.integers(0, 255))
@@ -178,8 +178,7 @@ def test_arrays_must_be_numbered_from_zero():
 def test_stored_members_of_other_writers_are_aligned():
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w") as archive:
-        header, body = encode_array(np.arange(5.0))
-        archive.writestr("0.npy", header + bytes(body))
+        archive.writestr("0.npy", b"".join(EncodedArray(np.arange(5.0)).blocks()))
     for shift in range(1, 9):
         shifted = memoryview(b"\0" * shift + target.getvalue())[shift:]
         (array,) = numpyhelper.load(shifted)

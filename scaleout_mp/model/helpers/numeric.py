@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scaleout_mp.model.entry_sink import EntrySink
 from scaleout_mp.model.helpers.base import DescriptorSink, FileSink, Source, Target, read_bytes
-from scaleout_mp.model.npz import Array, read_arrays, write_arrays
-from scaleout_mp.model.zip_writer import EntrySink
+from scaleout_mp.model.npz import NPZ_LIMITS, Array, read_arrays, write_arrays
+from scaleout_mp.model.streams import ViewStream
+
+if TYPE_CHECKING:
+    from scaleout_mp.model.zip_reader import ArchiveLimits
 
 Weights = Sequence[Any]
 
@@ -81,7 +85,12 @@ class NumpyHelper(ListArithmetic):
         else:
             write_arrays(weights, FileSink(target))
 
-    def load(self, source: Source) -> list[Array]:
-        """Return the arrays, read-only: views of the source's bytes wherever they are stored uncompressed."""
+    def load(self, source: Source, *, limits: ArchiveLimits | None = None) -> list[Array]:
+        """Return the arrays, read-only: views of the source's bytes wherever they are stored uncompressed.
+
+        `limits` on the archive; those of the model when the source is one's stream, else `NPZ_LIMITS`.
+        """
         view, vouched = read_bytes(source)
-        return read_arrays(view, verify=not vouched)
+        if limits is None and isinstance(source, ViewStream):
+            limits = source.limits
+        return read_arrays(view, verify=not vouched, limits=limits or NPZ_LIMITS)
