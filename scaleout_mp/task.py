@@ -55,6 +55,16 @@ class EndReason(enum.StrEnum):
     MEMORY_LIMIT = "memory_limit"
     #: The task ran longer than its wall-clock limit.
     WALL_TIME = "wall_time"
+    #: The task's tree used more processor time than it may.
+    CPU_TIME = "cpu_time"
+    #: Nothing was logged, and the abort was not looked at, for too long.
+    NO_PROGRESS = "no_progress"
+    #: The task's tree had more processes and threads than it may.
+    PIDS = "pids"
+    #: The task wrote, or wanted to write, a file larger than it may.
+    FILE_SIZE = "file_size"
+    #: The task wanted more descriptors than it may have.
+    OPEN_FILES = "open_files"
     #: The server asked for the end (status INTERRUPTED).
     INTERRUPTED_BY_SERVER = "interrupted_by_server"
     #: The server's own clock ran out (status TIMEOUT).
@@ -140,6 +150,8 @@ class ExitReport:
     cpu_seconds: float | None = None
     #: Step of the last metric that arrived.
     last_step: int | None = None
+    #: Python stacks of all threads at the moment the task was found not to stop, or not to get on.
+    stacks: str | None = None
     stdout_tail: str = ""
     stderr_tail: str = ""
     #: The rung of the ladder that was needed; None when the task ended on its own.
@@ -179,6 +191,11 @@ _ERRORS: Final[Mapping[EndReason, type[TaskError]]] = {
     EndReason.REFUSED: TaskRefused,
     EndReason.MEMORY_LIMIT: TaskKilled,
     EndReason.WALL_TIME: TaskKilled,
+    EndReason.CPU_TIME: TaskKilled,
+    EndReason.NO_PROGRESS: TaskKilled,
+    EndReason.PIDS: TaskKilled,
+    EndReason.FILE_SIZE: TaskFailed,
+    EndReason.OPEN_FILES: TaskFailed,
     EndReason.INTERRUPTED_BY_SERVER: TaskKilled,
     EndReason.TIMED_OUT_BY_SERVER: TaskKilled,
     EndReason.INTERRUPTED_BY_CLIENT: TaskKilled,

@@ -73,8 +73,10 @@ def segfault():
 
 
 def hold_gil():
-    """Run C code for ever without letting go of the interpreter lock."""
-    ctypes.PyDLL(None).sleep(1_000)
+    """Stay in C code for ever without letting go of the interpreter lock."""
+    while True:
+        # A signal ends the call, whatever its handler does.
+        ctypes.PyDLL(None).sleep(1_000)
 
 
 def spin():
@@ -84,7 +86,8 @@ def spin():
 
 def sleep_in_c():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    ctypes.CDLL(None).sleep(1_000)
+    while True:
+        ctypes.CDLL(None).sleep(1_000)
 
 
 def hang_with_family(path):
@@ -242,3 +245,60 @@ def fork_and_log():
     if pid == 0:
         os._exit(0 if current_task() is None else 1)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def burn_processor():
+    while True:
+        sum(range(1_000_000))
+
+
+def burn_in_children():
+    for _ in range(3):
+        if os.fork() == 0:
+            burn_processor()
+    time.sleep(1_000)
+
+
+def fork_many(count):
+    for _ in range(count):
+        if os.fork() == 0:
+            time.sleep(1_000)
+    time.sleep(1_000)
+
+
+def write_file(path, size):
+    with open(path, "wb", buffering=0) as file:
+        written = 0
+        while written < size:
+            written += file.write(bytes(min(65536, size - written)))
+    return written
+
+
+def open_files(count):
+    return len([os.open("/dev/null", os.O_RDONLY) for _ in range(count)])
+
+
+def silent_after_one_metric():
+    current_task().log_metric({"ready": 1.0})
+    wait_for_godot()
+
+
+def wait_for_godot():
+    while True:
+        time.sleep(0.01)
+
+
+def look_busy(seconds):
+    task = current_task()
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        task.check_abort()
+        time.sleep(0.01)
+    return "busy"
+
+
+def blas_threads():
+    """How many threads there are after a product that is worth them."""
+    matrix = np.ones((600, 600))
+    matrix @ matrix
+    return len(os.listdir("/proc/self/task")), os.environ["OMP_NUM_THREADS"]

@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import os
+import math
 from typing import TYPE_CHECKING, Any, Final
 
+from scaleout_mp.config.machine import usable_cores
 from scaleout_mp.errors import LauncherError, ProtocolViolation
 from scaleout_mp.executor import ladder
 from scaleout_mp.executor.launcher import Child, Launcher, StartOrder
-from scaleout_mp.executor.output import OutputRelay, OutputTail
-from scaleout_mp.executor.report import Evidence, StopCause, make_report, readable_size
-from scaleout_mp.executor.watchdog import MemoryWatch
+from scaleout_mp.executor.lines import TaskLines
+from scaleout_mp.executor.report import Evidence, StopCause, make_report
+from scaleout_mp.executor.watchdog import TreeWatch
 from scaleout_mp.ipc import frames, messages, values
-from scaleout_mp.ipc.channel import channel_pair, close_all
+from scaleout_mp.ipc.channel import close_all
 from scaleout_mp.ipc.frames import Frame, Kind
-from scaleout_mp.ipc.loop_channel import SupervisorChannel
 from scaleout_mp.sandbox import tree
 from scaleout_mp.sandbox.confinement import Confinement
 from scaleout_mp.task import (
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from scaleout_mp.config import Limits
+    from scaleout_mp.executor.output import OutputRelay
     from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
     from scaleout_mp.sandbox.cgroup import MemoryGroup, MemoryGroups
 
@@ -46,6 +47,9 @@ EXIT_GRACE: Final = 2.0
 
 #: Seconds that a process which is being started may take to appear before its launcher counts as stuck.
 _START_GRACE: Final = 1.0
+
+#: Ends at which the question is where the task was stuck.
+_STUCK: Final = frozenset({EndReason.WALL_TIME, EndReason.NO_PROGRESS})
 
 _ABORT_TEXT: Final = {
     AbortOrigin.SERVER: "Aborted by server",
@@ -90,13 +94,15 @@ class Execution:
         self._loop = asyncio.get_running_loop()
         self._life = TaskLife()
         self._tag = tree.new_tag()
-        self._evidence = Evidence(task_id=plan.task_id, name=plan.name, memory_limit=plan.limits.memory_bytes)
+        self._evidence = Evidence(task_id=plan.task_id, name=plan.name, limits=plan.limits)
         self._value: Any = None
         #: The result is in and is being checked.
         self._reading: asyncio.Task[Any] | None = None
-        self._watch: MemoryWatch | None = None
+        self._watch: TreeWatch | None = None
         self._group: MemoryGroup | None = None
-        self._channel: SupervisorChannel | None = None
+        self._lines: TaskLines | None = None
+        #: When the task last gave a sign of life.
+        self._last_sign = 0.0
         self._child: Child | None = None
         self._helpers: set[asyncio.Task[None]] = set()
         self._stopping: asyncio.Task[None] | None = None
@@ -166,11 +172,10 @@ class Execution:
     async def run(self) -> None:
         """Live the task's life. Called once, by the executor, when the task's turn has come."""
         started_at = self._loop.time()
-        tails: list[OutputTail] = []
         try:
             if self._evidence.stop is None:
                 self._advance(TaskState.STARTING)
-                self._start(tails)
+                self._start()
                 await self._see_through()
         except OSError as error:
             # No descriptors or no memory for them: this machine is full, which the report says.
@@ -180,84 +185,71 @@ class Execution:
                 helper.cancel()
             if self._group is not None:
                 await asyncio.to_thread(self._group.remove)
-            if self._channel is not None:
-                self._channel.close()
-            for tail in tails:
-                tail.drain()
-                tail.close()
-            if tails:
-                self._evidence.stdout_tail, self._evidence.stderr_tail = (tail.text for tail in tails)
+            if self._lines is not None:
+                self._evidence.stdout_tail, self._evidence.stderr_tail = self._lines.output()
+                self._evidence.output_lost = self._lines.output_lost
+                self._lines.close()
             self._plan.arguments.close()
             self._evidence.wall_seconds = self._loop.time() - started_at
             self._finish()
 
-    def _start(self, tails: list[OutputTail]) -> None:
+    def _start(self) -> None:
         plan = self._plan
-        ours, theirs = channel_pair()
-        ends = []
-        try:
-            self._channel = SupervisorChannel(ours, on_frame=self._on_frame, on_closed=self._on_closed)
-            # The task waits in the channel before its process exists: nothing is left to ask for after the fork.
-            packed = plan.arguments
-            self._channel.send(
-                frames.encode(Kind.TASK, plan.task_id, packed.table, descriptors=len(packed.descriptors)),
-                packed.descriptors,
-            )
-            for stream in ("stdout", "stderr"):
-                end, write_end = os.pipe2(os.O_CLOEXEC)
-                ends.append(write_end)
-                tails.append(OutputTail(end, self._echo_to(stream)))
-            self._child = self._launcher.start(
-                StartOrder(
-                    task_id=plan.task_id,
-                    call=plan.call,
-                    confinement=self._confinement(),
-                    channel=theirs,
-                    stdout=ends[0],
-                    stderr=ends[1],
-                )
-            )
-        finally:
-            # With our copies of the child's ends open, neither stream would ever end.
-            theirs.close()
-            close_all(ends)
+        self._lines = lines = TaskLines(
+            on_frame=self._on_frame,
+            on_closed=self._on_closed,
+            echo=self._relay.echo if self._echo else None,
+            output_size=plan.limits.output_size,
+        )
+        # The task waits in the channel before its process exists: nothing is left to ask for after the fork.
+        packed = plan.arguments
+        lines.channel.send(
+            frames.encode(Kind.TASK, plan.task_id, packed.table, descriptors=len(packed.descriptors)),
+            packed.descriptors,
+        )
+        order = StartOrder(
+            task_id=plan.task_id,
+            call=plan.call,
+            confinement=self._confinement(),
+            descriptors=lines.descriptors,
+        )
+        self._child = self._launcher.start(order)
+        lines.passed_on()
 
     def _confinement(self) -> Confinement:
-        limit, groups = self._plan.limits.memory_bytes, self._plan.memory_groups
-        if limit and groups is not None:
-            self._group = groups.make(f"{self._tag:x}", limit)
+        limits, groups = self._plan.limits, self._plan.memory_groups
+        if limits.memory_bytes and groups is not None:
+            self._group = groups.make(f"{self._tag:x}", limits.memory_bytes)
+        cpu_time, no_progress = limits.seconds("cpu_time"), limits.seconds("no_progress")
         return Confinement(
             tag=self._tag,
-            memory_limit=limit,
+            memory_limit=limits.memory_bytes,
             memory_group="" if self._group is None else self._group.procs,
+            cpu_limit=0 if cpu_time is None else math.ceil(cpu_time),
+            open_files=limits.open_files or 0,
+            file_size=None if limits.file_size is None else limits.file_size_bytes,
+            threads=limits.threads or usable_cores(),
+            progress_every=0.0 if no_progress is None else min(1.0, no_progress / 4),
             log_level=logging.getLogger().getEffectiveLevel(),
         )
 
-    def _echo_to(self, stream: str) -> Callable[[str], None] | None:
-        return (lambda text: self._relay.echo(stream, text)) if self._echo else None
-
     async def _see_through(self) -> None:
-        child = self._child
+        child, lines = self._child, self._lines
         assert child is not None
-        assert self._channel is not None
+        assert lines is not None
         strays = True
         self._help(self._watch_clock())
         try:
             started = await child.started
             self._evidence.start_method = started.method
-            if not self._life.ended and self._life.state is TaskState.STARTING:
+            if self._life.state is TaskState.STARTING:
                 self._advance(TaskState.RUNNING)
-            self._watch = MemoryWatch(
-                pid=started.pid,
-                tag=self._tag,
-                limit=self._plan.limits.memory_bytes,
-                shared=self._plan.arguments.model_bytes,
-                group=self._group,
-            )
-            self._help(self._watch_memory(self._watch))
+            self._watch = watch = self._make_watch(started.pid)
+            self._help(self._watch_use(watch))
+            self._help(self._watch_progress())
             exited = await child.exited
             self._evidence.exited = exited
-            self._evidence.killed_by_kernel = self._watch.killed_by_kernel()
+            self._evidence.killed_by_kernel = watch.killed_by_kernel()
             strays = exited.strays
         except LauncherError as error:
             self._evidence.launcher_problem = str(error)
@@ -266,32 +258,55 @@ class Execution:
         if strays:
             self._evidence.strays_killed = await ladder.sweep(self._tag)
         # What was in the socket before the end counts, however the end came.
-        self._channel.drain()
-        await self._await_result()
+        lines.channel.drain()
+        if self._reading is not None:
+            await asyncio.wait([self._reading])
+
+    def _make_watch(self, pid: int) -> TreeWatch:
+        limits = self._plan.limits
+        return TreeWatch(
+            pid=pid,
+            tag=self._tag,
+            memory_limit=limits.memory_bytes,
+            shared=self._plan.arguments.model_bytes,
+            cpu_limit=limits.seconds("cpu_time"),
+            pids_limit=limits.pids,
+            group=self._group,
+        )
 
     def _help(self, helper: Any) -> None:
         task = self._loop.create_task(helper)
         self._helpers.add(task)
         task.add_done_callback(self._helpers.discard)
 
-    async def _watch_memory(self, watch: MemoryWatch) -> None:
-        # A new process has nothing yet: the first look can wait as long as the limit is far.
+    async def _watch_use(self, watch: TreeWatch) -> None:
+        # A new process has nothing yet: the first look can wait as long as the limits are far.
         while True:
             await asyncio.sleep(watch.pause())
-            if watch.look(self._loop.time()):
-                break
-        limit, size = readable_size(watch.limit), readable_size(watch.now)
-        cause = StopCause(reason=EndReason.MEMORY_LIMIT, message=f"passed its memory limit of {limit} (peak {size})")
-        # No grace: every moment of it would go into more memory.
-        self._stop(cause, grace=0)
+            cause = watch.look(self._loop.time())
+            if cause is not None:
+                # No grace: every moment of it would go into more of the same.
+                self._stop(cause, grace=0)
+                return
 
     async def _watch_clock(self) -> None:
-        wall_time = self._plan.limits.wall_time
+        wall_time = self._plan.limits.seconds("wall_time")
         if wall_time is None:
             return
         await asyncio.sleep(wall_time)
         text = f"ran longer than its wall-clock limit of {wall_time:g} s"
         self._stop(StopCause(reason=EndReason.WALL_TIME, message=text), abort_text=text)
+
+    async def _watch_progress(self) -> None:
+        limit = self._plan.limits.seconds("no_progress")
+        if limit is None:
+            return
+        self._last_sign = self._loop.time()
+        # Not an event: setting one for each frame would cost more than this look now and then.
+        while (left := self._last_sign + limit - self._loop.time()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(left)
+        text = f"showed no progress for {limit:g} s"
+        self._stop(StopCause(reason=EndReason.NO_PROGRESS, message=text), abort_text=text)
 
     # --- Stopping --------------------------------------------------------------------------------------------------
 
@@ -312,29 +327,37 @@ class Execution:
             return
         if self._life.state is not TaskState.STOPPING:
             self._advance(TaskState.STOPPING)
-        self._climb(abort_text, self._plan.limits.abort_grace if grace is None else grace)
+        self._climb(abort_text, self._plan.limits.abort_grace_seconds if grace is None else grace)
 
     def _climb(self, abort_text: str, grace: float) -> None:
         if self._stopping is None:
             self._stopping = self._loop.create_task(self._climb_when_started(abort_text, grace))
 
     async def _climb_when_started(self, abort_text: str, grace: float) -> None:
-        child, channel = self._child, self._channel
+        child, lines = self._child, self._lines
         assert child is not None
-        assert channel is not None
+        assert lines is not None
         # Before it is started there is nothing to signal.
         waits: list[asyncio.Future[Any]] = [child.started, self._hurry]
         await asyncio.wait(waits, timeout=max(grace, _START_GRACE), return_when=asyncio.FIRST_COMPLETED)
         if not child.started.done():
             self._launcher.abandon(self.task_id)
+        if self._evidence.stop is not None and self._evidence.stop.reason in _STUCK:
+            await self._take_stacks()
         await ladder.climb(
             tag=self._tag,
             grace=grace,
-            ask=lambda: channel.send(frames.encode(Kind.ABORT, abort_text)),
+            ask=lambda: lines.channel.send(frames.encode(Kind.ABORT, abort_text)),
+            not_heeded=self._take_stacks,
             gone=child.exited,
             hurry=self._hurry,
             on_stage=self._on_stage,
         )
+
+    async def _take_stacks(self) -> None:
+        """Note where the task is, once: later it is on its way out, or gone."""
+        if self._evidence.stacks is None and self._watch is not None and self._lines is not None:
+            self._evidence.stacks = await self._lines.take_stacks(self._watch.pid, self._tag)
 
     def _on_stage(self, stage: StopStage) -> None:
         self._evidence.stopped_by = stage
@@ -347,12 +370,17 @@ class Execution:
     # --- What the child says -----------------------------------------------------------------------------------------
 
     def _on_frame(self, frame: Frame) -> None:
+        self._last_sign = self._loop.time()
         if frame.kind in messages.RECORD_KINDS:
             self._on_record(messages.parse_record(frame))
-        elif self._reading is not None or self._evidence.failure is not None:
+            return
+        if frame.kind is Kind.PROGRESS:
+            close_all(frame.descriptors)
+            return
+        if self._reading is not None or self._evidence.failure is not None:
             close_all(frame.descriptors)
             raise ProtocolViolation(f"a {frame.kind.name} frame came after the task's end")
-        elif frame.kind is Kind.RESULT:
+        if frame.kind is Kind.RESULT:
             self._take_result(frame)
         elif frame.kind is Kind.FAILURE:
             self._evidence.failure = messages.parse_failure(frame)
@@ -371,18 +399,18 @@ class Execution:
                 max_model_size=self._plan.max_model_size,
             )
         )
+        self._reading.add_done_callback(self._on_result)
         self._help(self._hurry_exit())
 
-    async def _await_result(self) -> None:
-        if self._reading is None:
-            return
-        try:
-            value = await self._reading
-        except ProtocolViolation as violation:
-            self._on_closed(violation)
-            return
-        if self._evidence.stop is None:
-            self._value = value
+    def _on_result(self, reading: asyncio.Task[Any]) -> None:
+        error = reading.exception()
+        if isinstance(error, ProtocolViolation):
+            self._on_closed(error)
+        elif error is not None:
+            # Out of descriptors or memory here: the result is lost, which is not the task's fault but its end.
+            self._evidence.launcher_problem = f"its result could not be taken: {error}"
+        elif self._evidence.stop is None:
+            self._value = reading.result()
             self._evidence.has_result = True
 
     def _on_record(self, record: Record) -> None:
@@ -420,4 +448,4 @@ class Execution:
         if not self._outcome.done():
             self._outcome.set_result(Outcome(report=report, value=self._value if report.completed else None))
         # Whoever awaits the outcome owns the result now: no cycle may keep its memory until a collection.
-        self._value = self._reading = self._channel = self._child = self._stopping = None
+        self._value = self._reading = self._lines = self._child = self._stopping = None

@@ -11,7 +11,7 @@ from scaleout_mp.sandbox import tree
 from scaleout_mp.task import StopStage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
 logger = logging.getLogger(__name__)
 
@@ -21,13 +21,15 @@ async def climb(
     tag: int,
     grace: float,
     ask: Callable[[], None],
+    not_heeded: Callable[[], Awaitable[None]],
     gone: asyncio.Future[Any],
     hurry: asyncio.Future[None],
     on_stage: Callable[[StopStage], None],
 ) -> None:
     """Stop a task; returns when its first process is gone. What it left behind is `sweep`'s.
 
-    `grace` is in seconds: `ask` is called at once, SIGTERM goes to the tree after half of it, SIGKILL at its end.
+    `grace` is in seconds: `ask` is called at once, `not_heeded` after half of it, before SIGTERM goes to the
+    tree, and SIGKILL at its end.
     `gone` is done, in whatever way, when the first process was reaped; `hurry` when the grace is called off.
     """
     deadline = asyncio.get_running_loop().time() + grace
@@ -37,6 +39,7 @@ async def climb(
         if await _done_by(gone, hurry, deadline - grace / 2):
             return
         if not hurry.done():
+            await not_heeded()
             on_stage(StopStage.SIGTERM)
             await asyncio.to_thread(tree.signal_tagged, tag, SIGTERM)
             if await _done_by(gone, hurry, deadline):

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import asyncio
-    import socket
 
     from scaleout_mp.ipc.arguments import PreparedCallable
     from scaleout_mp.sandbox.confinement import Confinement
@@ -15,14 +14,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StartOrder:
-    """One process to start. The launcher passes the three descriptors on and keeps none."""
+    """One process to start. The launcher passes the descriptors on and keeps none."""
 
     task_id: str
     call: PreparedCallable
     confinement: Confinement
-    channel: socket.socket
-    stdout: int
-    stderr: int
+    #: The child's channel, standard output, standard error and place for stacks.
+    descriptors: tuple[int, int, int, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from scaleout_mp.task import LogLine
 
-#: Bytes of the end of a stream that are kept for the report.
-KEPT: Final = 1 << 13
 _READ: Final = 1 << 16
 #: Pieces of output and log lines that wait for a slow terminal before more are dropped.
 _MOST_WAITING: Final = 10_000
@@ -93,11 +91,15 @@ def _handle(target: logging.Logger, line: LogLine) -> None:
 class OutputTail:
     """Reads one stream of one task off a pipe."""
 
-    def __init__(self, descriptor: int, on_text: Callable[[str], None] | None) -> None:
+    def __init__(self, descriptor: int, on_text: Callable[[str], None] | None, *, kept: int) -> None:
+        """Keep the last `kept` bytes."""
         os.set_blocking(descriptor, False)
         self._descriptor = descriptor
         self._on_text = on_text
+        self._most = kept
         self._kept = bytearray()
+        #: Bytes that came and were not kept.
+        self.lost = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._loop = asyncio.get_running_loop()
         self._open = True
@@ -112,7 +114,9 @@ class OutputTail:
             self.close()
             return False
         self._kept += data
-        del self._kept[:-KEPT]
+        surplus = max(0, len(self._kept) - self._most)
+        self.lost += surplus
+        del self._kept[:surplus]
         if self._on_text is not None:
             self._on_text(self._decoder.decode(data))
         return True
@@ -134,6 +138,6 @@ class OutputTail:
     def text(self) -> str:
         """The end of the stream, whole lines where possible."""
         text = self._kept.decode("utf-8", "backslashreplace")
-        if len(self._kept) >= KEPT:
+        if self.lost:
             text = text.partition("\n")[2] or text
         return text

@@ -6,6 +6,8 @@ import dataclasses
 import signal
 from typing import TYPE_CHECKING, Final
 
+from scaleout_mp.config import Limits
+from scaleout_mp.ipc.messages import Refusal
 from scaleout_mp.task import EndReason, ExitReport, StopStage
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ class Evidence:
 
     task_id: str
     name: str
-    memory_limit: int = 0
+    limits: Limits = dataclasses.field(default_factory=Limits)
     peak_memory: int = 0
     wall_seconds: float = 0.0
     last_step: int | None = None
@@ -44,10 +46,18 @@ class Evidence:
     killed_by_kernel: bool = False
     #: What the launcher said when it could not start the process, or lost it.
     launcher_problem: str | None = None
+    stacks: str | None = None
     stdout_tail: str = ""
     stderr_tail: str = ""
+    #: Bytes of output that were not kept.
+    output_lost: int = 0
     #: Living descendants that were killed after the task's own process had ended.
     strays_killed: int = 0
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes; 0: none."""
+        return self.limits.memory_bytes
 
 
 def readable_size(size: float) -> str:
@@ -78,6 +88,7 @@ def make_report(seen: Evidence) -> ExitReport:
         wall_seconds=seen.wall_seconds,
         cpu_seconds=None if seen.exited is None else seen.exited.cpu_seconds,
         last_step=seen.last_step,
+        stacks=seen.stacks,
         stdout_tail=seen.stdout_tail,
         stderr_tail=seen.stderr_tail,
         stopped_by=seen.stopped_by,
@@ -97,11 +108,10 @@ def _conclude(seen: Evidence) -> tuple[EndReason, str]:
 def _conclude_unasked(seen: Evidence) -> tuple[EndReason, str]:
     """Say why a task is over that nobody here wanted to end."""
     if seen.failure is not None:
-        if seen.failure.is_memory_error and seen.memory_limit:
-            return EndReason.MEMORY_LIMIT, (
-                f"ran out of memory: an allocation past its limit of {readable_size(seen.memory_limit)} was refused "
-                f"(peak {readable_size(seen.peak_memory)})"
-            )
+        if seen.failure.refused is not None:
+            refused = _conclude_refusal(seen, seen.failure.refused)
+            if refused is not None:
+                return refused
         first_line = seen.failure.message.strip().partition("\n")[0]
         return EndReason.FAILED, f"raised {seen.failure.error_type}: {first_line}".rstrip(": ")
     if seen.killed_by_kernel:
@@ -110,7 +120,26 @@ def _conclude_unasked(seen: Evidence) -> tuple[EndReason, str]:
     if seen.launcher_problem is not None:
         reason = EndReason.REFUSED if seen.start_method is None else EndReason.CRASHED
         return reason, seen.launcher_problem
+    if seen.exited is not None and seen.exited.code == -signal.SIGXCPU and seen.limits.cpu_time is not None:
+        return EndReason.CPU_TIME, f"used more than its {seen.limits.seconds('cpu_time'):g} s of processor time"
     return EndReason.CRASHED, _crash_message(seen)
+
+
+def _conclude_refusal(seen: Evidence, refused: Refusal) -> tuple[EndReason, str] | None:
+    """Say which of its limits a task ran into; None when it has no such limit: then the error is its own."""
+    limits = seen.limits
+    if refused is Refusal.MEMORY and seen.memory_limit:
+        return EndReason.MEMORY_LIMIT, (
+            f"ran out of memory: an allocation past its limit of {readable_size(seen.memory_limit)} was refused "
+            f"(peak {readable_size(seen.peak_memory)})"
+        )
+    if refused is Refusal.FILE_SIZE and limits.file_size is not None:
+        return EndReason.FILE_SIZE, f"wrote a file up to its limit of {readable_size(limits.file_size_bytes)}"
+    if refused is Refusal.OPEN_FILES and limits.open_files is not None:
+        return EndReason.OPEN_FILES, f"wanted more than the {limits.open_files} descriptors that it may have"
+    if refused is Refusal.PIDS and limits.pids is not None:
+        return EndReason.PIDS, f"could not start a thread; its limit is {limits.pids} processes and threads"
+    return None
 
 
 def _crash_message(seen: Evidence) -> str:
@@ -153,6 +182,8 @@ def _notes(seen: Evidence, reason: EndReason, code: int | None) -> tuple[str, ..
     if seen.strays_killed:
         plural = "es" if seen.strays_killed > 1 else ""
         notes.append(f"{seen.strays_killed} process{plural} that it left behind had to be killed")
+    if seen.output_lost:
+        notes.append(f"{readable_size(seen.output_lost)} of its output are not in this report")
     if reason is EndReason.COMPLETED and seen.killed_by_kernel:
         notes.append("the kernel killed one of its processes at the memory limit")
     if reason is EndReason.COMPLETED and code:

@@ -17,6 +17,7 @@ from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.channel import channel_pair, close_all
 from scaleout_mp.ipc.frames import MAX_LOADED, Frame, Kind
 from scaleout_mp.ipc.loop_channel import SupervisorChannel
+from scaleout_mp.sandbox import pools
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,15 +28,6 @@ logger = logging.getLogger(__name__)
 
 StartMethod = Literal["template", "spawn"]
 
-#: Thread pools of these libraries must not exist when the template forks: the child would wait for their threads.
-_ONE_THREAD: Final = (
-    "OPENBLAS_NUM_THREADS",
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "BLIS_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-)
 _CLOSE_SECONDS: Final = 5.0
 _DYING_SECONDS: Final = 0.05
 #: Callables of at most this many bytes travel in the frame, larger ones in a memfd.
@@ -89,9 +81,9 @@ class TemplateLauncher:
                 order.task_id,
                 order.call.key,
                 order.confinement.to_fields(),
-                descriptors=3,
+                descriptors=len(order.descriptors),
             ),
-            [order.channel.fileno(), order.stdout, order.stderr],
+            order.descriptors,
         )
         return child
 
@@ -124,7 +116,7 @@ class TemplateLauncher:
             process = subprocess.Popen(
                 [sys.executable, "-m", "scaleout_mp.worker.template"],
                 stdin=theirs.fileno(),
-                env={**os.environ, **dict.fromkeys(_ONE_THREAD, "1")},
+                env={**os.environ, **dict.fromkeys(pools.VARIABLES, "1")},
                 # Out of reach of what a terminal, or `timeout`, sends to a process group.
                 start_new_session=True,
             )

@@ -1,11 +1,14 @@
-"""Decides when a task has passed its memory limit. It looks and says; others kill."""
+"""Decides when a task has passed a limit that must be measured. It looks and says; others kill."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import TYPE_CHECKING, Final
 
+from scaleout_mp.config.machine import usable_cores
+from scaleout_mp.executor.report import StopCause, readable_size
 from scaleout_mp.sandbox import memory, tree
+from scaleout_mp.task import EndReason
 
 if TYPE_CHECKING:
     from scaleout_mp.sandbox.cgroup import MemoryGroup
@@ -22,42 +25,53 @@ _ORPHAN_SEARCH: Final = 0.5
 
 
 @dataclasses.dataclass(kw_only=True)
-class MemoryWatch:
-    """Follows the memory of one task's tree."""
+class TreeWatch:
+    """Follows what one task's tree uses. Sizes in bytes, times in seconds."""
 
     pid: int
     tag: int
-    #: Bytes; 0: no limit, only the peak is followed.
-    limit: int
+    #: 0: no limit, only the peak is followed.
+    memory_limit: int = 0
     #: Bytes of models that were handed over: shared pages that are not the task's doing.
-    shared: int
-    #: The kernel's own count, where there is one: it also kills.
+    shared: int = 0
+    cpu_limit: float | None = None
+    pids_limit: int | None = None
+    #: The kernel's own count of memory, where there is one: it also kills.
     group: MemoryGroup | None = None
     now: int = 0
     peak: int = 0
+    cpu: float = 0.0
     _orphans: list[int] = dataclasses.field(default_factory=list)
     _next_search: float | None = None
     _grew: bool = True
 
-    def look(self, clock: float) -> bool:
-        """Measure the tree; True when it is over its limit. Some 50 microseconds, 1 ms a process near the limit."""
+    def look(self, clock: float) -> StopCause | None:
+        """Measure the tree and say which limit it has passed.
+
+        Takes some 50 microseconds a process, and 1 ms a process when forks share memory near the limit.
+        """
         if self._next_search is None:
             self._next_search = clock + _ORPHAN_SEARCH
         elif clock >= self._next_search:
             self._orphans = tree.tagged(self.tag)
             self._next_search = clock + _ORPHAN_SEARCH
         pids = list(dict.fromkeys([*memory.descendants(self.pid), *self._orphans]))
+        return self._look_at_memory(pids) or self._look_at_use(pids)
+
+    def _look_at_memory(self, pids: list[int]) -> StopCause | None:
         size = memory.own_size(pids, self.shared)
-        if self.group is None and self.limit and size > self.limit and len(pids) > 1:
+        if self.group is None and self.memory_limit and size > self.memory_limit and len(pids) > 1:
             # The sum counts pages that forks share once for each of them.
             size = memory.exact_size(pids, self.shared)
         self._grew = size > self.now
         self.now = size
         self.peak = max(self.peak, size)
-        if self.group is not None:
-            # It counts what the kernel charges to the task; our sum has pages in it that the template paid for.
-            return self.killed_by_kernel()
-        return bool(self.limit) and size > self.limit
+        # The group counts what the kernel charges to the task; our sum has pages in it that the template paid for.
+        over = self.killed_by_kernel() if self.group is not None else 0 < self.memory_limit < size
+        if not over:
+            return None
+        limit, peak = readable_size(self.memory_limit), readable_size(self.peak)
+        return StopCause(reason=EndReason.MEMORY_LIMIT, message=f"passed its memory limit of {limit} (peak {peak})")
 
     def killed_by_kernel(self) -> bool:
         """Whether the kernel killed a process of the tree because the tree was at its limit."""
@@ -72,12 +86,29 @@ class MemoryWatch:
             self.peak = use.peak
         return bool(use.oom_kills)
 
+    def _look_at_use(self, pids: list[int]) -> StopCause | None:
+        if self.cpu_limit is None and self.pids_limit is None:
+            return None
+        use = memory.processor_use(pids)
+        # Orphans take their time with them when they end: the largest sum seen is the truest.
+        self.cpu = max(self.cpu, use.seconds)
+        if self.cpu_limit is not None and self.cpu > self.cpu_limit:
+            text = f"used more than its {self.cpu_limit:g} s of processor time"
+            return StopCause(reason=EndReason.CPU_TIME, message=text)
+        if self.pids_limit is not None and use.threads > self.pids_limit:
+            text = f"had {use.threads} processes and threads, its limit is {self.pids_limit}"
+            return StopCause(reason=EndReason.PIDS, message=text)
+        return None
+
     def pause(self) -> float:
         """Return the seconds until the next look is due."""
         # The first comes early, so that short tasks have a figure as well.
-        longest = _LONGEST if self.now else _FIRST
-        if not self.limit or self.group is not None:
-            return longest
-        headroom = (self.limit - self.now) / _FASTEST_GROWTH
-        shortest = _SHORTEST if self._grew else _CALM
-        return min(max(headroom, shortest), longest)
+        pauses = [_LONGEST if self.now else _FIRST]
+        if self.memory_limit and self.group is None:
+            headroom = (self.memory_limit - self.now) / _FASTEST_GROWTH
+            pauses.append(max(headroom, _SHORTEST if self._grew else _CALM))
+        if self.cpu_limit is not None:
+            pauses.append(max((self.cpu_limit - self.cpu) / usable_cores(), _CALM))
+        if self.pids_limit is not None:
+            pauses.append(_CALM)
+        return min(pauses)

@@ -38,6 +38,7 @@ class Kind(enum.IntEnum):
     LOG = 19
     RESULT = 20
     FAILURE = 21
+    PROGRESS = 22
     # Supervisor to template.
     SETUP = 32
     LOAD = 33

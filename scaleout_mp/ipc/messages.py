@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 from typing import Any, Final
 
@@ -21,6 +22,15 @@ MAX_VALUE: Final = 1 << 16
 MAX_STEP: Final = (1 << 32) - 1
 
 
+class Refusal(enum.StrEnum):
+    """A resource that a task asked for and did not get."""
+
+    MEMORY = "memory"
+    FILE_SIZE = "file_size"
+    OPEN_FILES = "open_files"
+    PIDS = "pids"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Failure:
     """What the callable raised."""
@@ -28,7 +38,8 @@ class Failure:
     error_type: str
     message: str
     traceback: str
-    is_memory_error: bool
+    #: What the kernel refused, when that is what was raised.
+    refused: Refusal | None = None
 
 
 RECORD_KINDS: Final = frozenset({Kind.METRIC, Kind.ATTRIBUTES, Kind.TELEMETRY, Kind.LOG})
@@ -116,11 +127,11 @@ def parse_record(frame: Frame) -> Record:
 
 def parse_failure(frame: Frame) -> Failure:
     """Return what a FAILURE frame says. Raises ProtocolViolation."""
-    error_type, message, traceback, is_memory_error = _fields(frame, 4)
-    _require(isinstance(is_memory_error, bool), "a failure does not say whether memory ran out")
+    error_type, message, traceback, refused = _fields(frame, 4)
+    _require(refused is None or refused in set(Refusal), "a failure names a resource that there is not")
     return Failure(
         error_type=_text(error_type, MAX_NAME, "an error's name"),
         message=_text(message, MAX_VALUE, "an error's message"),
         traceback=_text(traceback, 1 << 17, "a traceback"),
-        is_memory_error=is_memory_error,
+        refused=None if refused is None else Refusal(refused),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import resource
 from typing import Any, Final
 
 from scaleout_mp.sandbox import process, tree
@@ -23,6 +24,16 @@ class Confinement:
     memory_limit: int = 0
     #: The file by which a process joins the task's memory cgroup; empty: there is none.
     memory_group: str = ""
+    #: Seconds of processor time of each process, rounded up; 0: none. The watchdog sums up the tree.
+    cpu_limit: int = 0
+    #: Descriptors of each process; 0: none.
+    open_files: int = 0
+    #: Bytes of each file; None: none.
+    file_size: int | None = None
+    #: Threads of BLAS and OpenMP pools.
+    threads: int = 1
+    #: Seconds between two signs of life that `check_task_abort` sends at most; 0: none are wanted.
+    progress_every: float = 0.0
     #: Records of the logging module below this level stay in the child.
     log_level: int = logging.WARNING
 
@@ -37,6 +48,13 @@ class Confinement:
         process.prefer_for_oom_kill()
         if self.memory_group:
             process.write_file(self.memory_group, b"0")
+        if self.cpu_limit:
+            # SIGXCPU a second after the watchdog should have noticed.
+            process.limit_own(resource.RLIMIT_CPU, self.cpu_limit + 1)
+        if self.open_files:
+            process.limit_own(resource.RLIMIT_NOFILE, self.open_files)
+        if self.file_size is not None:
+            process.limit_own(resource.RLIMIT_FSIZE, self.file_size)
         if self.memory_limit:
             # Threads' stacks count as data in full, though hardly any of it is ever touched.
             stacks = 2 * (os.cpu_count() or 1) * _THREAD_STACK

@@ -20,6 +20,11 @@ _PR_SET_DUMPABLE: Final = 4
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _PR_SET_NO_NEW_PRIVS: Final = 38
 
+#: On this signal a task writes the Python stacks of all its threads to `STACK_DESCRIPTOR`. A real-time signal that no
+#: library is known to use; SIGUSR1 and SIGUSR2 belong to the user.
+STACK_SIGNAL: Final = 50
+STACK_DESCRIPTOR: Final = 4
+
 _prctl_call: Final = ctypes.CDLL(None, use_errno=True).prctl
 _prctl_call.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
 _prctl_call.restype = ctypes.c_int
@@ -90,15 +95,19 @@ def _read(path: str) -> bytes:
         os.close(descriptor)
 
 
+def limit_own(kind: int, most: int) -> None:
+    """Lower one of this process's resource limits for good, soft and hard; one that is lower already stays."""
+    _, hard = resource.getrlimit(kind)
+    if hard == resource.RLIM_INFINITY or most < hard:
+        resource.setrlimit(kind, (most, most))
+
+
 def limit_data(limit: int, slack: int) -> None:
     """Bound private writable memory (RLIMIT_DATA) to what this process has now plus `limit` plus `slack` bytes.
 
     It is the kernel's backstop behind the watchdog: an allocation past it fails at once.
     """
-    most = data_size() + limit + slack
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if hard == resource.RLIM_INFINITY or most < hard:
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    limit_own(resource.RLIMIT_DATA, data_size() + limit + slack)
 
 
 def data_size() -> int:

@@ -66,10 +66,11 @@ def tagged(tag: int) -> list[int]:
 
 def signal_tagged(tag: int, number: signal.Signals) -> int:
     """Send a signal to every living process that wears the tag; return how many got it."""
-    return sum(_signal_if_tagged(pid, tag, number) for pid in tagged(tag))
+    return sum(signal_process(pid, tag, number) for pid in tagged(tag))
 
 
-def _signal_if_tagged(pid: int, tag: int, number: signal.Signals) -> bool:
+def signal_process(pid: int, tag: int, number: int) -> bool:
+    """Send a signal to one process, if it still wears the tag; return whether it got it."""
     try:
         descriptor = os.pidfd_open(pid)
     except OSError:
@@ -106,7 +107,7 @@ def kill_tagged(tag: int, *, seconds: float = 10.0) -> int:
             clean += 1
             continue
         clean = 0
-        killed.update(pid for pid in found if _signal_if_tagged(pid, tag, signal.SIGKILL))
+        killed.update(pid for pid in found if signal_process(pid, tag, signal.SIGKILL))
         if time.monotonic() > deadline:
             raise TimeoutError(f"processes {found} are still there {seconds:g} s after SIGKILL")
         # Let the dying leave: a SIGKILL takes effect when its target is next scheduled.

@@ -261,7 +261,7 @@ class ClientService:
         """Abort what runs, tell the server how all ended, say goodbye; neither takes longer than it may."""
         logger.info("the client is shutting down", extra={"action": "shutting_down"})
         self._abort_all(ENDING)
-        await self._finish_jobs(self._plan.limits.abort_grace + _ABORT_MARGIN)
+        await self._finish_jobs(self._plan.limits.abort_grace_seconds + _ABORT_MARGIN)
         try:
             async with asyncio.timeout(_LAST_WORDS):
                 await self._say_last_words()

@@ -25,11 +25,14 @@ MAX_LOG_MESSAGE: Final = 1 << 14
 class ChannelContext:
     """`TaskContext` over the control channel."""
 
-    def __init__(self, channel: ChildChannel, task_id: str) -> None:
+    def __init__(self, channel: ChildChannel, task_id: str, *, progress_every: float = 0.0) -> None:
+        """`progress_every` is the time in seconds between two signs of life; 0: nobody waits for them."""
         self._channel = channel
         self._task_id = task_id
         self._main_thread = threading.get_ident()
         self._abort_reason: str | None = None
+        self._progress_every = progress_every
+        self._next_progress = 0.0
 
     @property
     def task_id(self) -> str:
@@ -61,12 +64,20 @@ class ChannelContext:
         """Raise StoppedException when the task was asked to stop. Outside the task's main thread: do nothing."""
         if threading.get_ident() != self._main_thread:
             return
+        if self._progress_every:
+            self._show_progress()
         if self._abort_reason is None:
             frame = self._channel.receive_ready()
             if frame is None or frame.kind is not Kind.ABORT:
                 return
             self._abort_reason = str(frame.fields[0])
         raise StoppedException(self._abort_reason)
+
+    def _show_progress(self) -> None:
+        now = time.monotonic()
+        if now >= self._next_progress:
+            self._next_progress = now + self._progress_every
+            self._channel.send(frames.encode(Kind.PROGRESS))
 
 
 def _numbers(values: Mapping[str, float]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The `spawn` start method: a fresh interpreter for one task.
 
 Run by the template as `python -m scaleout_mp.worker.spawned`, with the task's channel as descriptor 3 and, in a memfd
-as descriptor 4, the module search path, the pickled callable and what the process has to put on.
+as descriptor 5, the module search path, the pickled callable and what the process has to put on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import msgpack
 
-from scaleout_mp.sandbox import process
+from scaleout_mp.sandbox import pools, process
 from scaleout_mp.sandbox.confinement import Confinement
 from scaleout_mp.worker import task
 from scaleout_mp.worker.task import CHANNEL_DESCRIPTOR
@@ -23,7 +23,7 @@ from scaleout_mp.worker.task import CHANNEL_DESCRIPTOR
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_ORDER_DESCRIPTOR: Final = CHANNEL_DESCRIPTOR + 1
+_ORDER_DESCRIPTOR: Final = process.STACK_DESCRIPTOR + 1
 #: Above the descriptors that the new process gets, so that no move overwrites another's source.
 _HIGH: Final = 64
 
@@ -33,23 +33,24 @@ def start_interpreter(
 ) -> int:
     """Start an interpreter for a task and return its pid. Called in the template.
 
-    `descriptors` are channel, standard output and standard error; the caller keeps its own.
+    `descriptors` are channel, standard output, standard error and stacks; the caller keeps its own.
     """
     order = os.memfd_create("scaleout-order", os.MFD_CLOEXEC)
     high = []
     try:
         _write_all(order, msgpack.packb([list(search_path), confinement.to_fields(), os.getpid(), pickled]))
         high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _HIGH) for descriptor in (*descriptors, order)]
-        channel, stdout, stderr, moved_order = high
+        channel, stdout, stderr, stacks, moved_order = high
         return os.posix_spawn(
             sys.executable,
             [sys.executable, "-m", "scaleout_mp.worker.spawned"],
-            os.environ,
+            {**os.environ, **dict.fromkeys(pools.VARIABLES, str(confinement.threads))},
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                 (os.POSIX_SPAWN_DUP2, stdout, 1),
                 (os.POSIX_SPAWN_DUP2, stderr, 2),
                 (os.POSIX_SPAWN_DUP2, channel, CHANNEL_DESCRIPTOR),
+                (os.POSIX_SPAWN_DUP2, stacks, process.STACK_DESCRIPTOR),
                 (os.POSIX_SPAWN_DUP2, moved_order, _ORDER_DESCRIPTOR),
             ],
         )
@@ -70,7 +71,8 @@ def main() -> NoReturn:
         # The descriptor shares its offset with the template's, which stands at the end.
         file.seek(0)
         search_path, confinement_fields, template, pickled = msgpack.unpackb(file.read())
-    os.set_inheritable(CHANNEL_DESCRIPTOR, False)
+    for descriptor in (CHANNEL_DESCRIPTOR, process.STACK_DESCRIPTOR):
+        os.set_inheritable(descriptor, False)
     confinement = Confinement(**confinement_fields)
     process.reset_signals(process.changed_signals())
     faulthandler.enable(file=2)
@@ -83,7 +85,7 @@ def main() -> NoReturn:
         loaded: Callable[..., Any] = pickle.loads(pickled)
         return loaded
 
-    task.run(load, log_level=confinement.log_level)
+    task.run(load, confinement)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
+import faulthandler
+import fcntl
 import logging
 import os
 import socket
@@ -16,11 +19,15 @@ from scaleout_mp.errors import ChannelError, ProtocolViolation
 from scaleout_mp.ipc import arguments, frames, values
 from scaleout_mp.ipc.channel import ChildChannel
 from scaleout_mp.ipc.frames import Frame, Kind
+from scaleout_mp.ipc.messages import Refusal
+from scaleout_mp.sandbox import process
 from scaleout_mp.worker.context import ChannelContext, enter
 
 if TYPE_CHECKING:
     import io
     from collections.abc import Callable
+
+    from scaleout_mp.sandbox.confinement import Confinement
 
 #: Where the channel lies in a task's process; 0, 1 and 2 are the standard streams.
 CHANNEL_DESCRIPTOR: Final = 3
@@ -29,20 +36,25 @@ CHANNEL_DESCRIPTOR: Final = 3
 MAX_TRACEBACK: Final = 1 << 16
 MAX_MESSAGE: Final = 1 << 12
 
+#: Above the places of a task's descriptors.
+_HIGH: Final = 64
 
-def arrange_descriptors(channel: int, stdout: int, stderr: int) -> None:
-    """Put the four descriptors of a task where they belong and close every other one."""
+
+def arrange_descriptors(channel: int, stdout: int, stderr: int, stacks: int) -> None:
+    """Put the five descriptors of a task where they belong and close every other one."""
     # The given ones may lie on each other's places: move them up first.
-    given = [os.dup(channel), os.dup(stdout), os.dup(stderr)]
+    high = [fcntl.fcntl(given, fcntl.F_DUPFD_CLOEXEC, _HIGH) for given in (stdout, stderr, channel, stacks)]
     source = os.open(os.devnull, os.O_RDONLY)
-    for descriptor, place in ((source, 0), (given[1], 1), (given[2], 2)):
-        os.dup2(descriptor, place)
-    # The channel must not pass to programs that the task starts: they would keep it open.
-    os.dup2(given[0], CHANNEL_DESCRIPTOR, inheritable=False)
-    os.closerange(CHANNEL_DESCRIPTOR + 1, 1 << 20)
+    os.dup2(source, 0)
+    os.dup2(high[0], 1)
+    os.dup2(high[1], 2)
+    # These two must not pass to programs that the task starts.
+    os.dup2(high[2], CHANNEL_DESCRIPTOR, inheritable=False)
+    os.dup2(high[3], process.STACK_DESCRIPTOR, inheritable=False)
+    os.closerange(process.STACK_DESCRIPTOR + 1, 1 << 20)
 
 
-def run(load: Callable[[], Callable[..., Any]], *, log_level: int) -> NoReturn:
+def run(load: Callable[[], Callable[..., Any]], confinement: Confinement) -> NoReturn:
     """Serve the one task whose frame waits in the channel; never returns.
 
     `load` gives the callable; what it raises is reported like an error of the callable itself.
@@ -54,7 +66,8 @@ def run(load: Callable[[], Callable[..., Any]], *, log_level: int) -> NoReturn:
         frame = _first_frame(channel)
         task_id, packed = frame.fields
         _prepare_interpreter()
-        enter(ChannelContext(channel, task_id), log_level=log_level)
+        context = ChannelContext(channel, task_id, progress_every=confinement.progress_every)
+        enter(context, log_level=confinement.log_level)
         code = _run_callable(channel, load, packed, frame.descriptors)
     except ChannelError:
         # The supervisor is gone. Nobody is left to tell.
@@ -73,6 +86,7 @@ def _first_frame(channel: ChildChannel) -> Frame:
 
 
 def _prepare_interpreter() -> None:
+    faulthandler.register(process.STACK_SIGNAL, file=process.STACK_DESCRIPTOR)
     # Line by line, so that the last words before a SIGKILL are out. New ones: the old may think they write to a file.
     sys.stdout = sys.__stdout__ = _line_stream(1)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = _line_stream(2)  # type: ignore[misc]
@@ -113,8 +127,24 @@ def _failure(error: BaseException) -> bytes:
         kind.__name__[:256],
         _describe(error)[:MAX_MESSAGE],
         _format_traceback(error)[-MAX_TRACEBACK:],
-        isinstance(error, MemoryError),
+        _refused(error),
     )
+
+
+def _refused(error: BaseException) -> str | None:
+    """Say which resource the kernel refused, when that is what was raised."""
+    number = error.errno if isinstance(error, OSError) else None
+    text = _describe(error) if isinstance(error, RuntimeError) else ""
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or "allocate memory" in text:
+        # The last is torch, which raises RuntimeError.
+        return Refusal.MEMORY
+    if number == errno.EFBIG:
+        return Refusal.FILE_SIZE
+    if number == errno.EMFILE:
+        return Refusal.OPEN_FILES
+    if "start new thread" in text:
+        return Refusal.PIDS
+    return None
 
 
 def _describe(error: BaseException) -> str:

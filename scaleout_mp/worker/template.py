@@ -25,7 +25,7 @@ from scaleout_mp.errors import ChannelError
 from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.channel import ChildChannel, channel_pair, close_all
 from scaleout_mp.ipc.frames import Frame, Kind
-from scaleout_mp.sandbox import process, tree
+from scaleout_mp.sandbox import pools, process, tree
 from scaleout_mp.sandbox.confinement import Confinement
 from scaleout_mp.worker import task
 from scaleout_mp.worker.spawned import start_interpreter
@@ -70,6 +70,7 @@ class Template:
         self._search_path: list[str] = []
         #: Set anew after the user's code was loaded, which may change some: finding them takes longer than a fork.
         self._changed_signals: list[int] = []
+        self._pool_setters: list[Callable[[int], Any]] = []
         self._pickles: dict[str, bytes] = {}
         self._loaded: dict[str, Callable[..., Any] | _NotLoaded] = {}
         self._spare: _Spare | None = None
@@ -172,6 +173,7 @@ class Template:
             gc.collect()
             gc.freeze()
             self._changed_signals = process.changed_signals()
+            self._pool_setters = pools.loaded_setters()
             return None
         return reason
 
@@ -217,9 +219,11 @@ class Template:
             frame = order()
             if frame is not None:
                 confinement = _confinement(frame)
-                confinement.apply()
                 task.arrange_descriptors(*frame.descriptors)
-                task.run(lambda: self._take(frame.fields[1]), log_level=confinement.log_level)
+                confinement.apply()
+                if confinement.threads > 1:
+                    pools.set_threads(self._pool_setters, confinement.threads)
+                task.run(lambda: self._take(frame.fields[1]), confinement)
         except BaseException:  # noqa: BLE001 - whatever it is, this process must not go on as a template
             with contextlib.suppress(Exception):
                 traceback.print_exc()
@@ -256,7 +260,9 @@ class Template:
         if spare is None:
             return None
         try:
-            spare.orders.send(frames.encode(frame.kind, *frame.fields, descriptors=3), frame.descriptors)
+            spare.orders.send(
+                frames.encode(frame.kind, *frame.fields, descriptors=len(frame.descriptors)), frame.descriptors
+            )
         except ChannelError:
             # Somebody killed it.
             return None

@@ -206,8 +206,9 @@ def test_the_process_is_light_and_clean(start_method):
     assert heavy.isdisjoint(about["modules"])
     targets = about["descriptors"]
     assert targets["0"] == "/dev/null"
-    assert set(targets) <= {"0", "1", "2", "3", "4"}  # 4 is the listing itself
+    assert set(targets) <= {"0", "1", "2", "3", "4", "5"}  # 5 is the listing itself
     assert targets["3"].startswith("socket:")
+    assert targets["4"] == "/memfd:scaleout-stacks (deleted)"
 
 
 def test_tasks_do_not_share_random_numbers(executor):
@@ -400,6 +401,57 @@ def test_wall_time(executor):
     assert 0.5 <= time.monotonic() - started < 3
 
 
+def test_processor_time_of_the_tree(executor):
+    report = executor.submit(programs.burn_in_children, limits=Limits(cpu_time=0.6)).report(20)
+    assert report.reason is EndReason.CPU_TIME
+    assert report.message == "used more than its 0.6 s of processor time; killed with SIGKILL"
+    assert report.wall_seconds < 5
+
+
+def test_processes_and_threads_of_the_tree(executor):
+    report = executor.submit(programs.fork_many, 8, limits=Limits(pids=5, threads=1)).report(20)
+    assert report.reason is EndReason.PIDS
+    assert "its limit is 5" in report.message
+
+
+def test_the_size_of_a_file(executor, tmp_path):
+    limits = Limits(file_size="1MiB")
+    assert executor.submit(programs.write_file, str(tmp_path / "a"), MIB, limits=limits).result(20) == MIB
+    report = executor.submit(programs.write_file, str(tmp_path / "b"), MIB + 1, limits=limits).report(20)
+    assert report.reason is EndReason.FILE_SIZE
+    assert (tmp_path / "b").stat().st_size == MIB
+
+
+def test_open_files(executor):
+    assert executor.submit(programs.open_files, 20, limits=Limits(open_files=64)).result(20) == 20
+    report = executor.submit(programs.open_files, 80, limits=Limits(open_files=64)).report(20)
+    assert report.reason is EndReason.OPEN_FILES
+
+
+def test_no_progress_ends_a_task_and_says_where_it_was(executor):
+    task = executor.submit(programs.silent_after_one_metric, limits=Limits(no_progress=0.5, abort_grace=0.2))
+    report = task.report(20)
+    assert report.reason is EndReason.NO_PROGRESS
+    assert "showed no progress for 0.5 s" in report.message
+    assert "in wait_for_godot" in report.stacks
+
+
+def test_a_look_at_the_abort_is_progress(executor):
+    assert executor.submit(programs.look_busy, 1.0, limits=Limits(no_progress=0.4)).result(20) == "busy"
+
+
+def test_how_much_output_is_kept(executor):
+    report = executor.submit(programs.print_much, 200, limits=Limits(output_bytes=100)).report(20)
+    assert report.stdout_tail.endswith("line 198 of standard output\nline 199 of standard output\n")
+    assert len(report.stdout_tail) <= 100
+    assert "of its output are not in this report" in report.notes[0]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_of_numerical_libraries(executor, threads):
+    assert executor.submit(programs.blas_threads, limits=Limits(threads=threads)).result(20) == (threads, str(threads))
+
+
 # --- Stopping --------------------------------------------------------------------------------------------------------
 
 
@@ -438,6 +490,9 @@ def test_a_hung_task_is_gone_within_its_grace(executor, program):
     report = task.report(20)
     assert time.monotonic() - started < 1.4
     assert report.reason is EndReason.INTERRUPTED_BY_CLIENT
+    if report.start_method == "template":
+        # A fresh interpreter may not have come so far.
+        assert f"in {program.__name__}" in report.stacks
 
 
 def test_a_family_that_ignores_everything_is_gone_within_the_grace(executor, tmp_path):

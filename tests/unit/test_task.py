@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from scaleout_mp import CallbackNotSendable, ConfigError, EndReason, ExitReport,
 from scaleout_mp.config import Settings
 from scaleout_mp.executor.launcher import Exited
 from scaleout_mp.executor.report import Evidence, StopCause, make_report, readable_size
-from scaleout_mp.ipc.messages import Failure
+from scaleout_mp.ipc.messages import Failure, Refusal
 from scaleout_mp.task import AbortOrigin, StopStage, TaskLife, TaskState
 
 
@@ -65,10 +66,21 @@ def test_memory_sizes(memory, expected):
         ("memory", -1),
         ("memory", True),
         ("memory", 2.5),
+        ("memory", 0.0),
         ("memory", "1KiB"),
         ("wall_time", 0),
         ("wall_time", -1),
-        ("wall_time", "1h"),
+        ("wall_time", "an hour"),
+        ("cpu_time", 0),
+        ("no_progress", "1 fortnight"),
+        ("pids", 0),
+        ("pids", "2"),
+        ("open_files", 3),
+        ("threads", 0),
+        ("threads", True),
+        ("file_size", -1),
+        ("file_size", "1 page"),
+        ("output_bytes", -1),
         ("wall_time", float("nan")),
         ("wall_time", True),
         ("abort_grace", -1),
@@ -81,6 +93,18 @@ def test_wrong_limits_name_their_field(field, value):
         Limits(**{field: value})
 
 
+def test_a_fraction_is_of_what_this_process_may_use():
+    whole = Limits(memory=1.0).memory_bytes
+    assert 0 < whole <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert Limits(memory=0.5).memory_bytes == whole // 2
+
+
+@pytest.mark.parametrize(("time", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("2 d", 172800), (3, 3.0)])
+def test_times(time, seconds):
+    assert Limits(wall_time=time).seconds("wall_time") == seconds
+    assert Limits().seconds("wall_time") is None
+
+
 def evidence(**seen):
     return Evidence(task_id="1", name="train", **seen)
 
@@ -89,8 +113,9 @@ def exited(code):
     return Exited(code=code, cpu_seconds=1.0, max_rss=1, strays=False)
 
 
-BOOM = Failure(error_type="ValueError", message="no\nreally", traceback="tb", is_memory_error=False)
-NO_MEMORY = Failure(error_type="MemoryError", message="", traceback="tb", is_memory_error=True)
+BOOM = Failure(error_type="ValueError", message="no\nreally", traceback="tb")
+NO_MEMORY = Failure(error_type="MemoryError", message="", traceback="tb", refused=Refusal.MEMORY)
+TOO_LARGE = Failure(error_type="OSError", message="File too large", traceback="tb", refused=Refusal.FILE_SIZE)
 STOP = StopCause(reason=EndReason.WALL_TIME, message="ran too long")
 
 
@@ -101,9 +126,21 @@ STOP = StopCause(reason=EndReason.WALL_TIME, message="ran too long")
         ({"failure": BOOM, "exited": exited(1)}, EndReason.FAILED, "raised ValueError: no"),
         ({"failure": NO_MEMORY, "exited": exited(1)}, EndReason.FAILED, "raised MemoryError"),
         (
-            {"failure": NO_MEMORY, "memory_limit": 1 << 30, "peak_memory": 1 << 29, "exited": exited(1)},
+            {"failure": NO_MEMORY, "limits": Limits(memory="1GiB"), "peak_memory": 1 << 29, "exited": exited(1)},
             EndReason.MEMORY_LIMIT,
             "ran out of memory: an allocation past its limit of 1.0 GiB was refused (peak 512 MiB)",
+        ),
+        ({"failure": TOO_LARGE}, EndReason.FAILED, "raised OSError: File too large"),
+        (
+            {"failure": TOO_LARGE, "limits": Limits(file_size="1MiB")},
+            EndReason.FILE_SIZE,
+            "wrote a file up to its limit of 1.0 MiB",
+        ),
+        ({"exited": exited(-24)}, EndReason.CRASHED, "crashed with SIGXCPU"),
+        (
+            {"exited": exited(-24), "limits": Limits(cpu_time=2)},
+            EndReason.CPU_TIME,
+            "used more than its 2 s of processor time",
         ),
         ({"exited": exited(-11)}, EndReason.CRASHED, "crashed with SIGSEGV"),
         ({"exited": exited(-60)}, EndReason.CRASHED, "crashed with signal 60"),
