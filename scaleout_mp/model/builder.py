@@ -81,8 +81,8 @@ class ScaleoutModelBuilder:
             return cls._from_source(writer.seal(), limits)
 
     @classmethod
-    def from_memory(cls, memory: SealedMemory, *, limits: ContainerLimits = DEFAULT_LIMITS) -> Self:
-        """Begin with sealed memory, whose owner the builder becomes."""
+    def from_memory(cls, memory: MappedBytes, *, limits: ContainerLimits = DEFAULT_LIMITS) -> Self:
+        """Begin with sealed memory or a mapped file, whose owner the builder becomes."""
         return cls._from_source(memory, limits)
 
     @classmethod

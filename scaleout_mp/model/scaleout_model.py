@@ -98,8 +98,8 @@ class ScaleoutModel:
         return ScaleoutModelBuilder.from_filechunk_stream(filechunk_stream, limits=limits).build()
 
     @staticmethod
-    def from_memory(memory: SealedMemory, *, limits: ContainerLimits = DEFAULT_LIMITS) -> ScaleoutModel:
-        """Take ownership of sealed memory, a download for example; bare weights are wrapped."""
+    def from_memory(memory: MappedBytes, *, limits: ContainerLimits = DEFAULT_LIMITS) -> ScaleoutModel:
+        """Take ownership of sealed memory, a download for example, or of a mapped file; bare weights are wrapped."""
         from scaleout_mp.model.builder import ScaleoutModelBuilder
 
         return ScaleoutModelBuilder.from_memory(memory, limits=limits).build()
