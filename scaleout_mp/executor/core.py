@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import uuid
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from scaleout_mp.config import Limits
 from scaleout_mp.errors import ConfigError
@@ -16,19 +16,30 @@ from scaleout_mp.executor.template import StartMethod, TemplateLauncher
 from scaleout_mp.ipc import arguments
 from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
 from scaleout_mp.sandbox.cgroup import MemoryGroups, remove_left_over
+from scaleout_mp.sandbox.confinement import Level
 from scaleout_mp.task import AbortOrigin, Record, TaskState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from scaleout_mp.executor.launcher import Launcher
 
 logger = logging.getLogger(__name__)
 
+Sandbox = Literal["auto", "none", "basic"]
+_LEVELS: Final[Mapping[str, Level]] = {"auto": Level.BASIC, "none": Level.NONE, "basic": Level.BASIC}
+
 #: Modules that the template imports before its first task.
 PRELOAD: Final = ("numpy", "scaleout_mp.model")
 #: Bytes; a returned model that is larger is not taken.
 MAX_MODEL_SIZE: Final = 64 * 2**30
+
+
+def sandbox_level(sandbox: str) -> Level:
+    """Return what a user's choice means on this machine. Raises ConfigError."""
+    if sandbox not in _LEVELS:
+        raise ConfigError(f"sandbox must be one of {', '.join(map(repr, _LEVELS))}, not {sandbox!r}")
+    return _LEVELS[sandbox]
 
 
 def default_concurrency() -> int:
@@ -47,6 +58,7 @@ class ExecutorCore:
         *,
         limits: Limits | None = None,
         start_method: StartMethod = "template",
+        sandbox: Sandbox = "auto",
         preload: Sequence[str] = PRELOAD,
         max_concurrent_tasks: int | None = None,
         echo_output: bool = True,
@@ -57,6 +69,7 @@ class ExecutorCore:
         most = default_concurrency() if max_concurrent_tasks is None else max_concurrent_tasks
         if type(most) is not int or most < 1:
             raise ConfigError(f"max_concurrent_tasks must be a whole number above 0, not {max_concurrent_tasks!r}")
+        self._level = sandbox_level(sandbox)
         self._limits = limits or Limits()
         self._launcher = launcher or TemplateLauncher(start_method=start_method, preload=preload)
         self._echo = echo_output
@@ -131,6 +144,7 @@ class ExecutorCore:
             limits=limits or self._limits,
             max_model_size=MAX_MODEL_SIZE,
             memory_groups=self._groups,
+            level=self._level,
             on_record=on_record,
             on_state=on_state,
         )

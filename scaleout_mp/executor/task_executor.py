@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from scaleout_mp.config import Limits
+    from scaleout_mp.executor.core import Sandbox
     from scaleout_mp.executor.execution import Execution, Outcome
     from scaleout_mp.executor.template import StartMethod
 
@@ -113,7 +114,8 @@ class TaskExecutor:
 
     Use it as a context manager; on the way out it waits for running tasks, or aborts them after an exception.
     `limits` are the default of every task. `start_method` is "template" (fork from a warm interpreter, about a
-    millisecond) or "spawn" (a fresh interpreter each time). `preload` names modules that the template imports once.
+    millisecond) or "spawn" (a fresh interpreter each time). `sandbox` is "auto", "none" or "basic",
+    see docs/security.md. `preload` names modules that the template imports once.
     `echo_output` passes on what tasks print.
     """
 
@@ -122,6 +124,7 @@ class TaskExecutor:
         *,
         limits: Limits | None = None,
         start_method: StartMethod = "template",
+        sandbox: Sandbox = "auto",
         preload: Sequence[str] = PRELOAD,
         max_concurrent_tasks: int | None = None,
         echo_output: bool = True,
@@ -129,6 +132,7 @@ class TaskExecutor:
         self._core = ExecutorCore(
             limits=limits,
             start_method=start_method,
+            sandbox=sandbox,
             preload=preload,
             max_concurrent_tasks=max_concurrent_tasks,
             echo_output=echo_output,

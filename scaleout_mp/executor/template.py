@@ -156,7 +156,7 @@ class TemplateLauncher:
 
     def _on_ready(self, life: _Life, problems: list[str], unforkable: str | None) -> None:
         for problem in problems:
-            logger.warning("cannot preload %s", problem, extra={"action": "preload_failed"})
+            logger.warning("template: %s", problem, extra={"action": "template_problem"})
         self._note_fallback(unforkable)
         if not life.ready.done():
             life.ready.set_result(None)

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import logging
 import os
 import resource
-from typing import Any, Final
+from typing import Any, Final, Self
 
-from scaleout_mp.sandbox import process, tree
+from scaleout_mp.sandbox import process, seccomp, tree
 
 _DATA_SLACK: Final = 64 << 20
 _THREAD_STACK: Final = 8 << 20
+
+
+class Level(enum.StrEnum):
+    """How much a task is confined, apart from its limits."""
+
+    #: Limits only.
+    NONE = "none"
+    #: No new privileges, and a filter for system calls that reach other processes or the machine.
+    BASIC = "basic"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +30,7 @@ class Confinement:
 
     #: Mark of the task's tree, see `tree`.
     tag: int
+    level: Level = Level.NONE
     #: Bytes; 0: none.
     memory_limit: int = 0
     #: The file by which a process joins the task's memory cgroup; empty: there is none.
@@ -39,10 +50,26 @@ class Confinement:
 
     def to_fields(self) -> dict[str, Any]:
         """Return what a frame carries."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "level": self.level.value}
 
-    def apply(self) -> None:
-        """Put it on. Raises OSError when the kernel refuses a part that was found to work before."""
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Self:
+        """Return what `to_fields` gave."""
+        return cls(**{**fields, "level": Level(fields["level"])})
+
+    def apply(self, call_filter: bytes | None) -> None:
+        """Put it on; `call_filter` is what `seccomp.build` returned, None where there is none.
+
+        Raises OSError when the kernel refuses a part that was found to work before: then no user code may run.
+        """
+        self._apply_limits()
+        if self.level is not Level.NONE:
+            process.forbid_new_privileges()
+            # Last: it forbids what comes before.
+            if call_filter is not None:
+                seccomp.install(call_filter)
+
+    def _apply_limits(self) -> None:
         tree.wear_tag(self.tag)
         process.forbid_core_files()
         process.prefer_for_oom_kill()

@@ -15,7 +15,7 @@ import resource
 import struct
 from typing import TYPE_CHECKING, Final
 
-from scaleout_mp.sandbox.process import forbid_new_privileges, prctl
+from scaleout_mp.sandbox.process import prctl
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -303,9 +303,8 @@ class _SockFprog(ctypes.Structure):
 def install(program: bytes) -> None:
     """Put the filter on the calling process for good; descendants inherit it. Raises OSError.
 
-    Needs no privilege: it forbids itself new ones first.
+    Needs no privilege in a process that was forbidden new ones.
     """
-    forbid_new_privileges()
     code = ctypes.create_string_buffer(program, len(program))
     header = _SockFprog(len(program) // 8, ctypes.addressof(code))
     prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(header))

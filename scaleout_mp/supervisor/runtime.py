@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from scaleout_mp.config import Limits, Settings
 from scaleout_mp.errors import AuthenticationError, CallbackNotSendable, ConfigError, NotConnectedError, ScaleoutError
-from scaleout_mp.executor.core import default_concurrency
+from scaleout_mp.executor.core import Sandbox, default_concurrency, sandbox_level
 from scaleout_mp.supervisor import connecting, messages
 from scaleout_mp.supervisor.blocking import run_blocking
 from scaleout_mp.supervisor.service import ABORTED_BY_CLIENT, ClientService, ServicePlan
@@ -61,6 +61,7 @@ class GrpcEdgeClientRuntime:
         *,
         limits: Limits | None = None,
         start_method: Literal["template", "spawn"] = "template",
+        sandbox: Sandbox = "auto",
         settings: Settings | None = None,
         max_concurrent_tasks: int | None = None,
         heartbeat_interval: float = 2.0,
@@ -81,6 +82,8 @@ class GrpcEdgeClientRuntime:
         self.limits = limits or Limits()
         self._client = client
         self._start_method: Literal["template", "spawn"] = start_method
+        sandbox_level(sandbox)
+        self._sandbox: Sandbox = sandbox
         self._max_concurrent_tasks = default_concurrency() if max_concurrent_tasks is None else max_concurrent_tasks
         self._heartbeat_interval = heartbeat_interval
         self._echo_output = echo_output
@@ -220,6 +223,7 @@ class GrpcEdgeClientRuntime:
             settings=self.settings,
             limits=self.limits,
             start_method=self._start_method,
+            sandbox=self._sandbox,
             max_concurrent_tasks=self._max_concurrent_tasks,
             heartbeat_interval=self._heartbeat_interval,
             echo_output=self._echo_output,

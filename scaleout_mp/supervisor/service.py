@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from scaleout_mp.client import EdgeClient
     from scaleout_mp.config import Limits, Settings
+    from scaleout_mp.executor.core import Sandbox
     from scaleout_mp.transport.calls import CombinerCalls
     from scaleout_mp.transport.outbox import MessageKind
     from scaleout_mp.wire import edge_pb2 as pb
@@ -61,6 +62,7 @@ class ServicePlan:
     settings: Settings
     limits: Limits
     start_method: Literal["template", "spawn"]
+    sandbox: Sandbox
     max_concurrent_tasks: int
     heartbeat_interval: float
     echo_output: bool
@@ -79,6 +81,7 @@ class ClientService:
         self._core = ExecutorCore(
             limits=plan.limits,
             start_method=plan.start_method,
+            sandbox=plan.sandbox,
             max_concurrent_tasks=plan.max_concurrent_tasks,
             echo_output=plan.echo_output,
         )

@@ -6,6 +6,7 @@ as descriptor 5, the module search path, the pickled callable and what the proce
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import fcntl
 import os
@@ -28,9 +29,16 @@ _ORDER_DESCRIPTOR: Final = process.STACK_DESCRIPTOR + 1
 _HIGH: Final = 64
 
 
-def start_interpreter(
-    descriptors: Sequence[int], confinement: Confinement, search_path: Sequence[str], pickled: bytes
-) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What a fresh interpreter needs beside its confinement."""
+
+    search_path: list[str]
+    pickled: bytes
+    call_filter: bytes | None
+
+
+def start_interpreter(descriptors: Sequence[int], confinement: Confinement, program: Program) -> int:
     """Start an interpreter for a task and return its pid. Called in the template.
 
     `descriptors` are channel, standard output, standard error and stacks; the caller keeps its own.
@@ -38,7 +46,8 @@ def start_interpreter(
     order = os.memfd_create("scaleout-order", os.MFD_CLOEXEC)
     high = []
     try:
-        _write_all(order, msgpack.packb([list(search_path), confinement.to_fields(), os.getpid(), pickled]))
+        packed = msgpack.packb([os.getpid(), confinement.to_fields(), dataclasses.asdict(program)])
+        _write_all(order, packed)
         high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _HIGH) for descriptor in (*descriptors, order)]
         channel, stdout, stderr, stacks, moved_order = high
         return os.posix_spawn(
@@ -70,19 +79,20 @@ def main() -> NoReturn:
     with open(_ORDER_DESCRIPTOR, "rb") as file:
         # The descriptor shares its offset with the template's, which stands at the end.
         file.seek(0)
-        search_path, confinement_fields, template, pickled = msgpack.unpackb(file.read())
+        template, confinement_fields, program_fields = msgpack.unpackb(file.read())
     for descriptor in (CHANNEL_DESCRIPTOR, process.STACK_DESCRIPTOR):
         os.set_inheritable(descriptor, False)
-    confinement = Confinement(**confinement_fields)
+    confinement = Confinement.from_fields(confinement_fields)
+    program = Program(**program_fields)
     process.reset_signals(process.changed_signals())
     faulthandler.enable(file=2)
     os.setsid()
     process.die_with_parent(template)
-    confinement.apply()
-    sys.path[:] = search_path
+    confinement.apply(program.call_filter)
+    sys.path[:] = program.search_path
 
     def load() -> Callable[..., Any]:
-        loaded: Callable[..., Any] = pickle.loads(pickled)
+        loaded: Callable[..., Any] = pickle.loads(program.pickled)
         return loaded
 
     task.run(load, confinement)

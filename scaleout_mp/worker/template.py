@@ -25,10 +25,10 @@ from scaleout_mp.errors import ChannelError
 from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.channel import ChildChannel, channel_pair, close_all
 from scaleout_mp.ipc.frames import Frame, Kind
-from scaleout_mp.sandbox import pools, process, tree
+from scaleout_mp.sandbox import pools, probe, process, seccomp, tree
 from scaleout_mp.sandbox.confinement import Confinement
 from scaleout_mp.worker import task
-from scaleout_mp.worker.spawned import start_interpreter
+from scaleout_mp.worker.spawned import Program, start_interpreter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,6 +70,8 @@ class Template:
         self._search_path: list[str] = []
         #: Set anew after the user's code was loaded, which may change some: finding them takes longer than a fork.
         self._changed_signals: list[int] = []
+        #: Denies tasks to touch this process and the supervisor, among others.
+        self._call_filter: bytes | None = None
         self._pool_setters: list[Callable[[int], Any]] = []
         self._pickles: dict[str, bytes] = {}
         self._loaded: dict[str, Callable[..., Any] | _NotLoaded] = {}
@@ -130,15 +132,32 @@ class Template:
         self._spawn = spawn
         self._search_path = search_path
         sys.path[:] = search_path
-        problems = []
+        problems = self._build_filter()
         if not spawn:
             with self._mortal():
                 for module in preload:
                     try:
                         importlib.import_module(module)
                     except Exception as error:  # noqa: BLE001 - a preload is a courtesy; the supervisor logs it
-                        problems.append(f"{module}: {type(error).__name__}: {error}")
+                        problems.append(f"cannot preload {module}: {type(error).__name__}: {error}")
         self._channel.send(frames.encode(Kind.READY, problems, self._check_forkable()))
+
+    def _build_filter(self) -> list[str]:
+        """Build the filter of tasks' system calls; return why there is none."""
+
+        def put_on() -> None:
+            process.forbid_new_privileges()
+            seccomp.install(program)
+
+        try:
+            program = seccomp.build([self._supervisor, self._pid])
+        except OSError as error:
+            return [f"tasks have no system call filter: {error.strerror}"]
+        refused = probe.refusal(put_on)
+        if refused is not None:
+            return [f"tasks have no system call filter: {refused}"]
+        self._call_filter = program
+        return []
 
     def _load(self, key: str, pickled: bytes) -> None:
         # It was forked before this callable was there.
@@ -192,7 +211,11 @@ class Template:
         task_id, key, _ = frame.fields
         try:
             if self._spawn:
-                pid = start_interpreter(frame.descriptors, _confinement(frame), self._search_path, self._pickles[key])
+                pid = start_interpreter(
+                    frame.descriptors,
+                    _confinement(frame),
+                    Program(search_path=self._search_path, pickled=self._pickles[key], call_filter=self._call_filter),
+                )
             else:
                 pid = self._use_spare(frame) or self._fork(lambda: frame)
         except OSError as error:
@@ -220,7 +243,7 @@ class Template:
             if frame is not None:
                 confinement = _confinement(frame)
                 task.arrange_descriptors(*frame.descriptors)
-                confinement.apply()
+                confinement.apply(self._call_filter)
                 if confinement.threads > 1:
                     pools.set_threads(self._pool_setters, confinement.threads)
                 task.run(lambda: self._take(frame.fields[1]), confinement)
@@ -331,7 +354,7 @@ class Template:
 
 
 def _confinement(frame: Frame) -> Confinement:
-    return Confinement(**frame.fields[2])
+    return Confinement.from_fields(frame.fields[2])
 
 
 def _cuda_started() -> bool:
