@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import math
@@ -45,6 +46,8 @@ logger = logging.getLogger(__name__)
 #: Seconds that threads and exit handlers get once the result is in.
 EXIT_GRACE: Final = 2.0
 
+#: Seconds that a process may take until its callable begins, where that counts as no progress.
+_FIRST_SIGN: Final = 60.0
 #: Seconds that a process which is being started may take to appear before its launcher counts as stuck.
 _START_GRACE: Final = 1.0
 
@@ -102,8 +105,9 @@ class Execution:
         self._watch: TreeWatch | None = None
         self._group: MemoryGroup | None = None
         self._lines: TaskLines | None = None
-        #: When the task last gave a sign of life.
+        #: When the task last gave a sign of life, and whether it gave any.
         self._last_sign = 0.0
+        self._first_sign = asyncio.Event()
         self._child: Child | None = None
         self._helpers: set[asyncio.Task[None]] = set()
         self._stopping: asyncio.Task[None] | None = None
@@ -303,7 +307,10 @@ class Execution:
         limit = self._plan.limits.seconds("no_progress")
         if limit is None:
             return
-        self._last_sign = self._loop.time()
+        # The first sign of life comes when the callable begins; a fresh interpreter takes its time until then.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(limit, _FIRST_SIGN)):
+                await self._first_sign.wait()
         # Not an event: setting one for each frame would cost more than this look now and then.
         while (left := self._last_sign + limit - self._loop.time()) > 0:  # noqa: ASYNC110
             await asyncio.sleep(left)
@@ -373,6 +380,7 @@ class Execution:
 
     def _on_frame(self, frame: Frame) -> None:
         self._last_sign = self._loop.time()
+        self._first_sign.set()
         if frame.kind in messages.RECORD_KINDS:
             self._on_record(messages.parse_record(frame))
             return

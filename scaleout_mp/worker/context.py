@@ -39,6 +39,11 @@ class ChannelContext:
         """The id under which the supervisor knows this task."""
         return self._task_id
 
+    def begin(self) -> None:
+        """Say that the callable begins, to who waits for signs of life."""
+        if self._progress_every:
+            self._show_progress()
+
     def log_metric(
         self, metrics: Mapping[str, float], *, step: int | None = None, context: RecordContext | None = None
     ) -> None:

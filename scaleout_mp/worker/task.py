@@ -68,7 +68,7 @@ def run(load: Callable[[], Callable[..., Any]], confinement: Confinement) -> NoR
         _prepare_interpreter()
         context = ChannelContext(channel, task_id, progress_every=confinement.progress_every)
         enter(context, log_level=confinement.log_level)
-        code = _run_callable(channel, load, packed, frame.descriptors)
+        code = _run_callable(channel, context, load, packed, frame.descriptors)
     except ChannelError:
         # The supervisor is gone. Nobody is left to tell.
         code = 1
@@ -101,10 +101,15 @@ def _line_stream(descriptor: int) -> io.TextIOWrapper[Any]:
 
 
 def _run_callable(
-    channel: ChildChannel, load: Callable[[], Callable[..., Any]], packed: Any, descriptors: list[int]
+    channel: ChildChannel,
+    context: ChannelContext,
+    load: Callable[[], Callable[..., Any]],
+    packed: Any,
+    descriptors: list[int],
 ) -> int:
     try:
         function = load()
+        context.begin()
         args, kwargs = arguments.unpack(packed, descriptors)
         value = function(*args, **kwargs)
         with values.encode(value) as encoded:
