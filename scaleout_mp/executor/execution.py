@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import math
@@ -15,7 +14,7 @@ from scaleout_mp.executor import ladder
 from scaleout_mp.executor.launcher import Child, Launcher, StartOrder
 from scaleout_mp.executor.lines import TaskLines
 from scaleout_mp.executor.report import Evidence, StopCause, make_report
-from scaleout_mp.executor.watchdog import TreeWatch
+from scaleout_mp.executor.watches import Watches
 from scaleout_mp.ipc import frames, messages, values
 from scaleout_mp.ipc.channel import close_all
 from scaleout_mp.ipc.frames import Frame, Kind
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 
     from scaleout_mp.config import Limits
     from scaleout_mp.executor.output import OutputRelay
+    from scaleout_mp.executor.watchdog import TreeWatch
     from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
     from scaleout_mp.sandbox.cgroup import MemoryGroup, MemoryGroups
 
@@ -46,8 +46,6 @@ logger = logging.getLogger(__name__)
 #: Seconds that threads and exit handlers get once the result is in.
 EXIT_GRACE: Final = 2.0
 
-#: Seconds that a process may take until its callable begins, where that counts as no progress.
-_FIRST_SIGN: Final = 60.0
 #: Seconds that a process which is being started may take to appear before its launcher counts as stuck.
 _START_GRACE: Final = 1.0
 
@@ -102,14 +100,12 @@ class Execution:
         self._value: Any = None
         #: The result is in and is being checked.
         self._reading: asyncio.Task[Any] | None = None
-        self._watch: TreeWatch | None = None
+        self._watches: Watches | None = None
         self._group: MemoryGroup | None = None
         self._lines: TaskLines | None = None
-        #: When the task last gave a sign of life, and whether it gave any.
-        self._last_sign = 0.0
-        self._first_sign = asyncio.Event()
+        #: Due once the task itself has decided its end.
+        self._leaving: asyncio.TimerHandle | None = None
         self._child: Child | None = None
-        self._helpers: set[asyncio.Task[None]] = set()
         self._stopping: asyncio.Task[None] | None = None
         self._outcome: asyncio.Future[Outcome] = self._loop.create_future()
         #: Done as soon as somebody wants the task to end.
@@ -137,12 +133,18 @@ class Execution:
     @property
     def memory_now(self) -> int:
         """Bytes that the tree has made its own, at the last look."""
-        return 0 if self._watch is None else self._watch.now
+        tree = self._tree
+        return 0 if tree is None else tree.now
 
     @property
     def memory_peak(self) -> int:
         """The largest value of `memory_now` so far."""
-        return 0 if self._watch is None else self._watch.peak
+        tree = self._tree
+        return 0 if tree is None else tree.peak
+
+    @property
+    def _tree(self) -> TreeWatch | None:
+        return None if self._watches is None else self._watches.tree
 
     @property
     def memory_limit(self) -> int | None:
@@ -186,8 +188,10 @@ class Execution:
             # No descriptors or no memory for them: this machine is full, which the report says.
             self._evidence.launcher_problem = f"cannot start a task: {error}"
         finally:
-            for helper in self._helpers:
-                helper.cancel()
+            if self._watches is not None:
+                self._watches.close()
+            if self._leaving is not None:
+                self._leaving.cancel()
             if self._group is not None:
                 await asyncio.to_thread(self._group.remove)
             if self._lines is not None:
@@ -218,6 +222,9 @@ class Execution:
             confinement=self._confinement(),
             descriptors=lines.descriptors,
         )
+        self._watches = Watches(
+            plan.limits, tag=self._tag, shared=packed.model_bytes, group=self._group, on_breach=self._on_breach
+        )
         self._child = self._launcher.start(order)
         lines.passed_on()
 
@@ -240,22 +247,20 @@ class Execution:
         )
 
     async def _see_through(self) -> None:
-        child, lines = self._child, self._lines
+        child, lines, watches = self._child, self._lines, self._watches
         assert child is not None
         assert lines is not None
+        assert watches is not None
         strays = True
-        self._help(self._watch_clock())
         try:
             started = await child.started
             self._evidence.start_method = started.method
             if self._life.state is TaskState.STARTING:
                 self._advance(TaskState.RUNNING)
-            self._watch = watch = self._make_watch(started.pid)
-            self._help(self._watch_use(watch))
-            self._help(self._watch_progress())
+            watches.process_runs(started.pid)
             exited = await child.exited
             self._evidence.exited = exited
-            self._evidence.killed_by_kernel = watch.killed_by_kernel()
+            self._evidence.killed_by_kernel = watches.tree is not None and watches.tree.killed_by_kernel()
             strays = exited.strays
         except LauncherError as error:
             self._evidence.launcher_problem = str(error)
@@ -267,55 +272,6 @@ class Execution:
         lines.channel.drain()
         if self._reading is not None:
             await asyncio.wait([self._reading])
-
-    def _make_watch(self, pid: int) -> TreeWatch:
-        limits = self._plan.limits
-        return TreeWatch(
-            pid=pid,
-            tag=self._tag,
-            memory_limit=limits.memory_bytes,
-            shared=self._plan.arguments.model_bytes,
-            cpu_limit=limits.seconds("cpu_time"),
-            pids_limit=limits.pids,
-            group=self._group,
-        )
-
-    def _help(self, helper: Any) -> None:
-        task = self._loop.create_task(helper)
-        self._helpers.add(task)
-        task.add_done_callback(self._helpers.discard)
-
-    async def _watch_use(self, watch: TreeWatch) -> None:
-        # A new process has nothing yet: the first look can wait as long as the limits are far.
-        while True:
-            await asyncio.sleep(watch.pause())
-            cause = watch.look(self._loop.time())
-            if cause is not None:
-                # No grace: every moment of it would go into more of the same.
-                self._stop(cause, grace=0)
-                return
-
-    async def _watch_clock(self) -> None:
-        wall_time = self._plan.limits.seconds("wall_time")
-        if wall_time is None:
-            return
-        await asyncio.sleep(wall_time)
-        text = f"ran longer than its wall-clock limit of {wall_time:g} s"
-        self._stop(StopCause(reason=EndReason.WALL_TIME, message=text), abort_text=text)
-
-    async def _watch_progress(self) -> None:
-        limit = self._plan.limits.seconds("no_progress")
-        if limit is None:
-            return
-        # The first sign of life comes when the callable begins; a fresh interpreter takes its time until then.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(limit, _FIRST_SIGN)):
-                await self._first_sign.wait()
-        # Not an event: setting one for each frame would cost more than this look now and then.
-        while (left := self._last_sign + limit - self._loop.time()) > 0:  # noqa: ASYNC110
-            await asyncio.sleep(left)
-        text = f"showed no progress for {limit:g} s"
-        self._stop(StopCause(reason=EndReason.NO_PROGRESS, message=text), abort_text=text)
 
     # --- Stopping --------------------------------------------------------------------------------------------------
 
@@ -337,6 +293,9 @@ class Execution:
         if self._life.state is not TaskState.STOPPING:
             self._advance(TaskState.STOPPING)
         self._climb(abort_text, self._plan.limits.abort_grace_seconds if grace is None else grace)
+
+    def _on_breach(self, cause: StopCause, *, graceful: bool) -> None:
+        self._stop(cause, abort_text=cause.message, grace=None if graceful else 0)
 
     def _climb(self, abort_text: str, grace: float) -> None:
         if self._stopping is None:
@@ -365,22 +324,21 @@ class Execution:
 
     async def _take_stacks(self) -> None:
         """Note where the task is, once: later it is on its way out, or gone."""
-        if self._evidence.stacks is None and self._watch is not None and self._lines is not None:
-            self._evidence.stacks = await self._lines.take_stacks(self._watch.pid, self._tag)
+        if self._evidence.stacks is None and self._tree is not None and self._lines is not None:
+            self._evidence.stacks = await self._lines.take_stacks(self._tree.pid, self._tag)
 
     def _on_stage(self, stage: StopStage) -> None:
         self._evidence.stopped_by = stage
 
-    async def _hurry_exit(self) -> None:
+    def _hurry_exit(self) -> None:
         """Once the end is decided by the task itself, its process has only so long to leave."""
-        await asyncio.sleep(EXIT_GRACE)
-        self._climb("", 0)
+        self._leaving = self._loop.call_later(EXIT_GRACE, self._climb, "", 0)
 
     # --- What the child says -----------------------------------------------------------------------------------------
 
     def _on_frame(self, frame: Frame) -> None:
-        self._last_sign = self._loop.time()
-        self._first_sign.set()
+        if self._watches is not None:
+            self._watches.sign_of_life()
         if frame.kind in messages.RECORD_KINDS:
             self._on_record(messages.parse_record(frame))
             return
@@ -394,7 +352,7 @@ class Execution:
             self._take_result(frame)
         elif frame.kind is Kind.FAILURE:
             self._evidence.failure = messages.parse_failure(frame)
-            self._help(self._hurry_exit())
+            self._hurry_exit()
         else:
             close_all(frame.descriptors)
             raise ProtocolViolation(f"a task sent {frame.kind.name}")
@@ -410,7 +368,7 @@ class Execution:
             )
         )
         self._reading.add_done_callback(self._on_result)
-        self._help(self._hurry_exit())
+        self._hurry_exit()
 
     def _on_result(self, reading: asyncio.Task[Any]) -> None:
         error = reading.exception()
@@ -458,4 +416,4 @@ class Execution:
         if not self._outcome.done():
             self._outcome.set_result(Outcome(report=report, value=self._value if report.completed else None))
         # Whoever awaits the outcome owns the result now: no cycle may keep its memory until a collection.
-        self._value = self._reading = self._lines = self._child = self._stopping = None
+        self._value = self._reading = self._lines = self._watches = self._child = self._stopping = None

@@ -1,0 +1,108 @@
+"""The watches over one task: what it uses, how long it takes, whether it gets on. They decide; others stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from scaleout_mp.executor.report import StopCause
+from scaleout_mp.executor.watchdog import TreeWatch
+from scaleout_mp.task import EndReason
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from scaleout_mp.config import Limits
+    from scaleout_mp.sandbox.cgroup import MemoryGroup
+
+#: Seconds that a process may take until its callable begins, where that counts as no progress.
+_FIRST_SIGN: Final = 60.0
+
+
+class OnBreach(Protocol):
+    """What is called, once, when a limit is passed. Without a grace the task is killed at once."""
+
+    def __call__(self, cause: StopCause, *, graceful: bool) -> None: ...  # noqa: D102
+
+
+class Watches:
+    """Made when the task is ordered; on the executor's event loop."""
+
+    def __init__(
+        self, limits: Limits, *, tag: int, shared: int, group: MemoryGroup | None, on_breach: OnBreach
+    ) -> None:
+        """Watch the tree that wears `tag`; `shared` is the size in bytes of the models that it was handed."""
+        self._limits = limits
+        self._tag = tag
+        self._shared = shared
+        self._group = group
+        self._on_breach = on_breach
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._last_sign = 0.0
+        self._first_sign = asyncio.Event()
+        #: None until the process runs.
+        self.tree: TreeWatch | None = None
+        self._run(self._watch_clock())
+
+    def process_runs(self, pid: int) -> None:
+        """Watch the tree below a process."""
+        self.tree = TreeWatch(
+            pid=pid,
+            tag=self._tag,
+            memory_limit=self._limits.memory_bytes,
+            shared=self._shared,
+            cpu_limit=self._limits.seconds("cpu_time"),
+            pids_limit=self._limits.pids,
+            group=self._group,
+        )
+        self._run(self._watch_use(self.tree))
+        self._run(self._watch_progress())
+
+    def sign_of_life(self) -> None:
+        """Note that something came from the task."""
+        self._last_sign = self._loop.time()
+        self._first_sign.set()
+
+    def close(self) -> None:
+        """Stop watching."""
+        for task in self._tasks:
+            task.cancel()
+
+    def _run(self, watch: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(watch)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _watch_use(self, tree: TreeWatch) -> None:
+        # A new process has nothing yet: the first look can wait as long as the limits are far.
+        while True:
+            await asyncio.sleep(tree.pause())
+            cause = tree.look(self._loop.time())
+            if cause is not None:
+                # No grace: every moment of it would go into more of the same.
+                self._on_breach(cause, graceful=False)
+                return
+
+    async def _watch_clock(self) -> None:
+        wall_time = self._limits.seconds("wall_time")
+        if wall_time is None:
+            return
+        await asyncio.sleep(wall_time)
+        text = f"ran longer than its wall-clock limit of {wall_time:g} s"
+        self._on_breach(StopCause(reason=EndReason.WALL_TIME, message=text), graceful=True)
+
+    async def _watch_progress(self) -> None:
+        limit = self._limits.seconds("no_progress")
+        if limit is None:
+            return
+        # The first sign of life comes when the callable begins; a fresh interpreter takes its time until then.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(limit, _FIRST_SIGN)):
+                await self._first_sign.wait()
+        # Not an event: setting one for each frame would cost more than this look now and then.
+        while (left := self._last_sign + limit - self._loop.time()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(left)
+        text = f"showed no progress for {limit:g} s"
+        self._on_breach(StopCause(reason=EndReason.NO_PROGRESS, message=text), graceful=True)
