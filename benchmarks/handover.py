@@ -63,7 +63,7 @@ def handover(runs: int = 5) -> list[Row]:
         concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool,
     ):
         store = ModelStore(folder)
-        with ScaleoutModel.from_training_model(arrays) as model:
+        with ScaleoutModel.from_training_model(arrays, compression="stored") as model:
             model_id = model.model_id
             assert model_id is not None
             store.put(model)
@@ -97,14 +97,16 @@ def supervisor_peak() -> list[Row]:
 
 
 def make_another(model: ScaleoutModel) -> ScaleoutModel:
-    return ScaleoutModel.from_training_model([array * 2 for array in model.get_training_model()])
+    return ScaleoutModel.from_training_model([array * 2 for array in model.get_training_model()], compression="stored")
 
 
 def _measure_peak() -> None:
     with tempfile.TemporaryDirectory() as folder, TaskExecutor() as executor:
         store = ModelStore(folder)
         # In a task: this process must not have had it in its memory.
-        with executor.submit(lambda: ScaleoutModel.from_training_model(weights())).result() as seed:
+        with executor.submit(
+            lambda: ScaleoutModel.from_training_model(weights(), compression="stored")
+        ).result() as seed:
             store.put(seed)
             model_id, size = seed.model_id, seed.size
             assert model_id is not None

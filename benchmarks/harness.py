@@ -99,6 +99,22 @@ def alone(what: str, ours: Sequence[float], *, unit: str, at_most: float) -> Row
     )
 
 
+def beside(what: str, ours: Sequence[float], theirs: Sequence[float], *, peer: str, unit: str) -> Row:
+    """Make a row of two times that no target binds; the ratio says how many times as fast ours is."""
+    our_median, their_median = statistics.median(ours), statistics.median(theirs)
+    return Row(
+        what=what,
+        ours=our_median,
+        peer=peer,
+        theirs=their_median,
+        unit=unit,
+        target="",
+        holds=True,
+        ratio=their_median / our_median,
+        runs=len(ours),
+    )
+
+
 def show(rows: Sequence[Row]) -> None:
     """Print the table; where BENCH_JSON names a file, write the rows there too, a JSON object a line."""
     print(f"\n{platform.platform()}, Python {platform.python_version()}, {os.cpu_count()} cores; medians\n")
