@@ -139,6 +139,8 @@ class Container:
             raise ModelError(f"the model has no {name}")
         # Threads that race here compare twice, which is harmless.
         verify = not self.trusted and name not in self._checked
+        if verify:
+            self.source.will_read(entry.data_offset, entry.data_end)
         data = zip_reader.read_entry(self._raw(entry), entry, verify=verify)
         self._checked.add(name)
         return data
@@ -146,6 +148,7 @@ class Container:
     def verify(self) -> None:
         """Compare every entry with its CRC-32, in little memory; ModelFormatError when one differs."""
         for name, entry in self.entries.items():
+            self.source.will_read(entry.data_offset, entry.data_end)
             for _ in zip_reader.iter_entry(self._raw(entry), entry):
                 pass
             self._checked.add(name)

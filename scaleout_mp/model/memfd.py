@@ -30,6 +30,10 @@ DEFAULT_MAX_SIZE: Final = 16 << 30
 #: From this many bytes on it pays to hash them on another core while they are written.
 _HASH_BESIDE: Final = 1 << 18
 
+#: From this many bytes on, mapping them in one call is worth it. Linux 5.14, madvise(2).
+_POPULATE_FROM: Final = 1 << 20
+_MADV_POPULATE_READ: Final = 22
+
 Bytes = bytes | bytearray | memoryview
 
 
@@ -112,6 +116,14 @@ class MappedBytes:
         """Return the bytes from `start` up to `end` as a read-only view."""
         return self.view()[start:end]
 
+    def will_read(self, start: int, end: int) -> None:
+        """Map the pages from `start` up to `end` at once: cheaper than a fault for every 16 of them."""
+        start -= start % mmap.PAGESIZE
+        if end - start >= _POPULATE_FROM:
+            # Older kernels do not know it, and a page of a broken disk is left to whoever reads it.
+            with contextlib.suppress(OSError):
+                self.map().madvise(_MADV_POPULATE_READ, start, end - start)
+
     def pieces(self) -> Iterator[memoryview]:
         """Yield all bytes in order, in as few views as they lie in."""
         yield self.view()
@@ -123,6 +135,7 @@ class MappedBytes:
     def sha256(self) -> str:
         """Return the SHA-256 of the bytes in hex; computed once."""
         if self._sha256 is None:
+            self.will_read(0, self._size)
             self._sha256 = hashlib.sha256(self.view()).hexdigest()
         return self._sha256
 

@@ -64,6 +64,10 @@ class SplicedBytes:
             return memoryview(self._tail)[start - self._head_size : end - self._head_size]
         return self._joined().span(start, end)
 
+    def will_read(self, start: int, end: int) -> None:
+        """Map the pages from `start` up to `end` at once."""
+        self.head.will_read(start, min(end, self._head_size))
+
     def pieces(self) -> Iterator[memoryview]:
         """Yield all bytes in order, in as few views as they lie in."""
         yield self.span(0, self._head_size)
@@ -81,6 +85,7 @@ class SplicedBytes:
         """Return the SHA-256 of the bytes in hex; computed once."""
         if self._sha256 is None:
             digest = hashlib.sha256()
+            self.will_read(0, self._head_size)
             for piece in self.pieces():
                 digest.update(piece)
             self._sha256 = digest.hexdigest()

@@ -84,6 +84,8 @@ class ModelStore:
         with self._part(model.model_id) as (part, fd):
             for chunk in model.iter_chunks(model.size):
                 write_all(fd, chunk)
+            # The kernel's own times are those of the last tick, which may lie before a use that was earlier than this.
+            os.utime(fd, ns=(time.time_ns(), time.time_ns()))
             os.fsync(fd)
             with self._changing():
                 os.rename(part, path)
