@@ -8,14 +8,13 @@ from __future__ import annotations
 import collections
 import os
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from scaleout_mp.model.checksums import fast_zlib
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from concurrent.futures import Future
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 #: How new contents are written: as they are, which lets weights be used in place; deflated; or whichever of the two a
 #: sample speaks for.
@@ -125,6 +124,9 @@ class BlockDeflater:
         if self._threads > 1:
             self._emit_down_to(2 * self._threads - 1)
             if self._pool is None:
+                # Tasks load this module, and few of them deflate.
+                from concurrent.futures import ThreadPoolExecutor
+
                 self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="deflate")
             try:
                 self._jobs.append(self._pool.submit(_deflate, block))

@@ -115,7 +115,7 @@ class EncodedArray:
         flags: Any = ["external_loop", "buffered"]
         size = max(1, _GATHER_AT_ONCE // self.array.itemsize)
         for piece in np.nditer(self.array, flags=flags, buffersize=size, order="C"):
-            yield np.ascontiguousarray(piece).view(np.uint8).data
+            yield piece.tobytes()
 
 
 def _flat(array: Array, *, fortran: bool) -> memoryview | None:

@@ -53,9 +53,13 @@ class ModelUpdateJob(Job):
         self._say("Model update completed.", pb.LogLevel.AUDIT)
 
     async def _renamed(self, trained: ScaleoutModel, update_id: str) -> ScaleoutModel:
-        """Return the model under the id under which the server files the update; closes the one that came."""
+        """Return the model under the id under which the server files the update; closes the one that came.
+
+        The id is chosen here and not by the task. Weights are not copied: both models lie in the task's sealed memory.
+        """
         with trained:
             self._require_not_aborted()
+            # On a thread all the same: a task may send a container whose metadata do not stand last.
             build = trained.to_builder().set_model_id(update_id).build
             return await self._phase(asyncio.to_thread(build), Phase.UPLOADING)
 
