@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import multiprocessing
 import subprocess
 import sys
 import time
@@ -31,9 +29,10 @@ def with_numpy() -> int:
 
 
 @contextmanager
-def forker() -> Iterator[subprocess.Popen[str]]:
+def peer(module: str) -> Iterator[subprocess.Popen[str]]:
+    """Run a peer as a program of its own, which imports nothing of ours: it measures once for each line it gets."""
     with subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.forker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -42,20 +41,25 @@ def forker() -> Iterator[subprocess.Popen[str]]:
         process.stdin.close()
 
 
+def ask(process: subprocess.Popen[str]) -> str:
+    """Have a peer measure once."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return process.stdout.readline()
+
+
 def start(runs: int = 200) -> Row:
     """From `submit` to the first line of user code, against a bare fork and a write to a pipe."""
-    with TaskExecutor() as executor, forker() as bare:
+    with TaskExecutor() as executor, peer("benchmarks.forker") as bare:
 
         def ours() -> float:
             before = time.monotonic_ns()
             return (executor.submit(first_line).result() - before) / 1e6
 
         def floor() -> float:
-            assert bare.stdin is not None
-            assert bare.stdout is not None
-            bare.stdin.write("\n")
-            bare.stdin.flush()
-            return int(bare.stdout.readline()) / 1e6
+            return int(ask(bare)) / 1e6
 
         interleaved(10, ours, floor)
         mine, theirs = interleaved(runs, ours, floor)
@@ -63,26 +67,19 @@ def start(runs: int = 200) -> Row:
 
 
 def rate(rounds: int = 5) -> Row:
-    """Tasks one after the other, each in a fresh process with numpy."""
-    spawn = multiprocessing.get_context("spawn")
-    with (
-        TaskExecutor() as executor,
-        concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool,
-    ):
+    """A queue of tasks, one at a time, each in a fresh process with numpy."""
+    with TaskExecutor(max_concurrent_tasks=1) as executor, peer("benchmarks.one_task_per_child") as pool:
 
         def ours() -> float:
             before = time.monotonic()
-            for _ in range(BACK_TO_BACK):
-                executor.submit(with_numpy).result()
+            for task in [executor.submit(with_numpy) for _ in range(BACK_TO_BACK)]:
+                task.result()
             return BACK_TO_BACK / (time.monotonic() - before)
 
         def theirs() -> float:
-            count = BACK_TO_BACK // 10
-            before = time.monotonic()
-            for _ in range(count):
-                pool.submit(with_numpy).result()
-            return count / (time.monotonic() - before)
+            return float(ask(pool))
 
+        ours()
         ours_rates, their_rates = interleaved(rounds, ours, theirs)
     return compare(
         "tasks back to back, fresh process each",

@@ -302,3 +302,50 @@ def blas_threads():
     matrix = np.ones((600, 600))
     matrix @ matrix
     return len(os.listdir("/proc/self/task")), os.environ["OMP_NUM_THREADS"]
+
+
+def fork_return():
+    return "child" if os.fork() == 0 else "parent"
+
+
+def fork_exit():
+    if os.fork() == 0:
+        sys.exit(0)
+    os.wait()
+    return "parent"
+
+
+def fork_raise():
+    if os.fork() == 0:
+        raise ValueError("in the child")
+    os.wait()
+    return "parent"
+
+
+def deep_tuple(depth):
+    value = ()
+    for _ in range(depth):
+        value = (value,)
+    return value
+
+
+def log_metric(step, key):
+    current_task().log_metric({key: 1.0}, step=step)
+
+
+def idle_threads(count):
+    done = threading.Event()
+    threads = [threading.Thread(target=done.wait) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    done.set()
+    return len(threads)
+
+
+def executor_inside(path):
+    from scaleout_mp import TaskExecutor
+
+    with TaskExecutor(echo_output=False) as inner:
+        if path is not None:
+            inner.submit(hang_with_family, path).result()
+        return inner.submit(echo, 3).result()

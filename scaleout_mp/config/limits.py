@@ -32,6 +32,8 @@ _TIME_UNITS: Final = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 #: Below this a Python process cannot even start its work.
 MIN_MEMORY: Final = 8 * 2**20
+#: Sums of a few such numbers still fit what the kernel takes.
+MAX_SIZE: Final = 1 << 60
 #: The interpreter, its streams, the channel and a few files.
 MIN_OPEN_FILES: Final = 16
 
@@ -111,6 +113,8 @@ class Limits:
     def __post_init__(self) -> None:
         if self.memory is not None:
             _at_least("memory", self.memory_bytes, MIN_MEMORY, "bytes (8MiB)")
+            if self.memory_bytes > MAX_SIZE:
+                raise ConfigError(f"memory must be at most 2**60 bytes, not {self.memory!r}")
         for field in ("wall_time", "cpu_time", "no_progress"):
             if getattr(self, field) is not None:
                 _above_zero(field, parse_seconds(getattr(self, field), field=field))
@@ -120,6 +124,8 @@ class Limits:
                 _count(field, getattr(self, field), least)
         if self.file_size is not None:
             _at_least("file_size", self.file_size_bytes, 0, "bytes")
+            if self.file_size_bytes > MAX_SIZE:
+                raise ConfigError(f"file_size must be at most 2**60 bytes, not {self.file_size!r}")
         _at_least("output_bytes", self.output_size, 0, "bytes")
 
     @property

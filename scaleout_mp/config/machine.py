@@ -16,6 +16,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def wanted_threads() -> int:
+    """Return how many threads numerical libraries should have: what the user's variables say, else the processors."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        # OMP_NUM_THREADS may be a list, one number for each level of nesting.
+        value = os.environ.get(name, "").partition(",")[0].strip()
+        if value.isdigit() and int(value) > 0:
+            return int(value)
+    return usable_cores()
+
+
 def _cgroup_limits() -> list[int]:
     """Return the memory limits of this process's cgroup and those above it, of either version."""
     limits = []

@@ -8,7 +8,7 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any, Final
 
-from scaleout_mp.config.machine import usable_cores
+from scaleout_mp.config.machine import wanted_threads
 from scaleout_mp.errors import LauncherError, ProtocolViolation
 from scaleout_mp.executor import ladder
 from scaleout_mp.executor.launcher import Child, Launcher, StartOrder
@@ -98,6 +98,7 @@ class Execution:
         self._tag = tree.new_tag()
         self._evidence = Evidence(task_id=plan.task_id, name=plan.name, limits=plan.limits)
         self._value: Any = None
+        self._result_came = False
         #: The result is in and is being checked.
         self._reading: asyncio.Task[Any] | None = None
         self._watches: Watches | None = None
@@ -188,19 +189,26 @@ class Execution:
             # No descriptors or no memory for them: this machine is full, which the report says.
             self._evidence.launcher_problem = f"cannot start a task: {error}"
         finally:
-            if self._watches is not None:
-                self._watches.close()
-            if self._leaving is not None:
-                self._leaving.cancel()
-            if self._group is not None:
-                await asyncio.to_thread(self._group.remove)
-            if self._lines is not None:
-                self._evidence.stdout_tail, self._evidence.stderr_tail = self._lines.output()
-                self._evidence.output_lost = self._lines.output_lost
-                self._lines.close()
-            self._plan.arguments.close()
-            self._evidence.wall_seconds = self._loop.time() - started_at
-            self._finish()
+            try:
+                await self._tidy_up()
+            except OSError as error:
+                self._evidence.launcher_problem = f"cannot tidy up after a task: {error}"
+            finally:
+                self._evidence.wall_seconds = self._loop.time() - started_at
+                self._finish()
+
+    async def _tidy_up(self) -> None:
+        if self._watches is not None:
+            self._watches.close()
+        if self._leaving is not None:
+            self._leaving.cancel()
+        if self._lines is not None:
+            self._evidence.stdout_tail, self._evidence.stderr_tail = self._lines.output()
+            self._evidence.output_lost = self._lines.output_lost
+            self._lines.close()
+        self._plan.arguments.close()
+        if self._group is not None:
+            await asyncio.to_thread(self._group.remove)
 
     def _start(self) -> None:
         plan = self._plan
@@ -237,11 +245,12 @@ class Execution:
             tag=self._tag,
             level=self._plan.level,
             memory_limit=limits.memory_bytes,
+            handed_over=self._plan.arguments.memory_bytes,
             memory_group="" if self._group is None else self._group.procs,
             cpu_limit=0 if cpu_time is None else math.ceil(cpu_time),
             open_files=limits.open_files or 0,
             file_size=None if limits.file_size is None else limits.file_size_bytes,
-            threads=limits.threads or usable_cores(),
+            threads=limits.threads or wanted_threads(),
             progress_every=0.0 if no_progress is None else min(1.0, no_progress / 4),
             log_level=logging.getLogger().getEffectiveLevel(),
         )
@@ -345,7 +354,7 @@ class Execution:
         if frame.kind is Kind.PROGRESS:
             close_all(frame.descriptors)
             return
-        if self._reading is not None or self._evidence.failure is not None:
+        if self._result_came or self._reading is not None or self._evidence.failure is not None:
             close_all(frame.descriptors)
             raise ProtocolViolation(f"a {frame.kind.name} frame came after the task's end")
         if frame.kind is Kind.RESULT:
@@ -358,16 +367,19 @@ class Execution:
             raise ProtocolViolation(f"a task sent {frame.kind.name}")
 
     def _take_result(self, frame: Frame) -> None:
-        # On a thread: checking a large model takes as long as reading it.
-        self._reading = self._loop.create_task(
-            asyncio.to_thread(
-                values.decode,
-                frame.fields[0] if len(frame.fields) == 1 else None,
-                frame.descriptors,
-                max_model_size=self._plan.max_model_size,
-            )
-        )
-        self._reading.add_done_callback(self._on_result)
+        table = frame.fields[0] if len(frame.fields) == 1 else None
+        most = self._plan.max_model_size
+        if frame.descriptors:
+            # On a thread: checking a large model takes as long as reading it.
+            reading = asyncio.to_thread(values.decode, table, frame.descriptors, max_model_size=most)
+            self._reading = self._loop.create_task(reading)
+            self._reading.add_done_callback(self._on_result)
+        else:
+            value = values.decode(table, [], max_model_size=most)
+            if self._evidence.stop is None:
+                self._value = value
+                self._evidence.has_result = True
+            self._result_came = True
         self._hurry_exit()
 
     def _on_result(self, reading: asyncio.Task[Any]) -> None:

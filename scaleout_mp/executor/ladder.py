@@ -47,7 +47,8 @@ async def climb(
     on_stage(StopStage.SIGKILL)
     while not gone.done():
         await sweep(tag)
-        await asyncio.wait([gone], timeout=1)
+        # It may have put on its tag only now: a sweep before that did not see it.
+        await asyncio.wait([gone], timeout=0.02)
 
 
 async def sweep(tag: int) -> int:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _READ: Final = 1 << 16
 #: Pieces of output and log lines that wait for a slow terminal before more are dropped.
 _MOST_WAITING: Final = 10_000
+#: Characters of them.
+_MOST_WAITING_SIZE: Final = 1 << 23
 
 
 class OutputRelay:
@@ -29,35 +31,43 @@ class OutputRelay:
     """
 
     def __init__(self) -> None:
-        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(_MOST_WAITING)
+        self._queue: queue.Queue[tuple[Callable[[], None], int] | None] = queue.Queue(_MOST_WAITING)
+        self._waiting_size = 0
         self._dropped = 0
         self._thread: threading.Thread | None = None
 
     def echo(self, stream: str, text: str) -> None:
         """Write text to `sys.stdout` or `sys.stderr`, whatever that is at that moment."""
-        self._put(lambda: _write(getattr(sys, stream), text))
+        self._put(lambda: _write(getattr(sys, stream), text), len(text))
 
     def log(self, line: LogLine) -> None:
         """Hand a record to the logger of the same name in this process."""
         target = logging.getLogger(line.logger)
         if target.isEnabledFor(line.level):
-            self._put(lambda: _handle(target, line))
+            self._put(lambda: _handle(target, line), len(line.message))
 
-    def _put(self, action: Callable[[], None]) -> None:
+    def _put(self, action: Callable[[], None], size: int) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="scaleout-output", daemon=True)
             self._thread.start()
+        if self._waiting_size > _MOST_WAITING_SIZE:
+            self._dropped += 1
+            return
         try:
-            self._queue.put_nowait(action)
+            self._queue.put_nowait((action, size))
         except queue.Full:
             self._dropped += 1
+        else:
+            self._waiting_size += size
 
     def _run(self) -> None:
-        while (action := self._queue.get()) is not None:
+        while (waiting := self._queue.get()) is not None:
+            action, size = waiting
+            # Off by a piece or two when both threads count at once: it is a bound, not a balance.
+            self._waiting_size -= size
             try:
                 action()
-            except (OSError, ValueError):
-                # The stream is closed or broken; there is no better place to say so.
+            except Exception:  # noqa: BLE001 - a stream that is closed, or a handler of the user's: the next goes on
                 self._dropped += 1
 
     def close(self) -> None:

@@ -184,6 +184,8 @@ def _notes(seen: Evidence, reason: EndReason, code: int | None) -> tuple[str, ..
         notes.append(f"{seen.strays_killed} process{plural} that it left behind had to be killed")
     if seen.output_lost:
         notes.append(f"{readable_size(seen.output_lost)} of its output are not in this report")
+    if reason is EndReason.CRASHED and seen.memory_limit and code in {-signal.SIGSEGV, -signal.SIGABRT}:
+        notes.append("native code crashes so as well when its memory limit refuses an allocation and it does not look")
     if reason is EndReason.COMPLETED and seen.killed_by_kernel:
         notes.append("the kernel killed one of its processes at the memory limit")
     if reason is EndReason.COMPLETED and code:

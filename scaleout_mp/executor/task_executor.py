@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Records of one task that wait for `Task.records`; past it the oldest go.
 _MOST_RECORDS: Final = 1_000_000
+#: Seconds for killing what runs, when nobody wants to wait.
+_KILL_SECONDS: Final = 5.0
 
 
 class Task:
@@ -65,6 +67,8 @@ class Task:
             record = self._records.get()
             if record is None:
                 self._records_done = True
+                # For whoever else waits, on another thread.
+                self._records.put(None)
                 return
             yield record
 
@@ -204,12 +208,22 @@ class TaskExecutor:
         try:
             closing.result()
         except KeyboardInterrupt:
-            # Ctrl-C while waiting for tasks: stop them, and see that through.
-            asyncio.run_coroutine_threadsafe(self._core.aclose("Ctrl-C"), self._loop).result()
+            # While it waits for tasks: stop them, and see that through.
+            self._stop_tasks()
             raise
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
+
+    def _stop_tasks(self) -> None:
+        assert self._loop is not None
+        try:
+            asyncio.run_coroutine_threadsafe(self._core.aclose("Ctrl-C"), self._loop).result()
+        except KeyboardInterrupt:
+            # Again: no more grace.
+            killing = asyncio.run_coroutine_threadsafe(self._core.aclose("Ctrl-C", kill=True), self._loop)
+            killing.result(_KILL_SECONDS)
+            raise
 
     async def _close(self, *, abort: bool) -> None:
         if not abort:

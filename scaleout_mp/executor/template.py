@@ -11,6 +11,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+import scaleout_mp
 from scaleout_mp.errors import LauncherError, ProtocolViolation
 from scaleout_mp.executor.launcher import Child, Exited, Started, StartOrder
 from scaleout_mp.ipc import frames
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 StartMethod = Literal["template", "spawn"]
 
 _CLOSE_SECONDS: Final = 5.0
-_DYING_SECONDS: Final = 0.05
 #: Callables of at most this many bytes travel in the frame, larger ones in a memfd.
 _INLINE_CALLABLE: Final = 1 << 16
 
@@ -45,6 +45,8 @@ class _Life:
     keys: dict[str, str]
     children: dict[str, Child]
     closing: bool = False
+    #: It hung in user code.
+    abandoned: bool = False
 
 
 class TemplateLauncher:
@@ -55,6 +57,7 @@ class TemplateLauncher:
         self._preload = list(preload)
         self._life: _Life | None = None
         self._said_fallback = False
+        self._burials: set[asyncio.Task[None]] = set()
 
     @property
     def pid(self) -> int | None:
@@ -114,9 +117,10 @@ class TemplateLauncher:
         with theirs:
             # Through vfork and exec, never a plain fork: this process may have gRPC's threads.
             process = subprocess.Popen(
-                [sys.executable, "-m", "scaleout_mp.worker.template"],
+                # -P: a module of the user's folder must not stand in for one of the standard library.
+                [sys.executable, "-P", "-m", "scaleout_mp.worker.template"],
                 stdin=theirs.fileno(),
-                env={**os.environ, **dict.fromkeys(pools.VARIABLES, "1")},
+                env=_template_environment(),
                 # Out of reach of what a terminal, or `timeout`, sends to a process group.
                 start_new_session=True,
             )
@@ -132,8 +136,7 @@ class TemplateLauncher:
 
         channel = SupervisorChannel(ours, on_frame=on_frame, on_closed=on_closed)
         life = self._life = _Life(process=process, channel=channel, ready=ready, keys={}, children={})
-        search_path = [entry or os.getcwd() for entry in sys.path]
-        channel.send(frames.encode(Kind.SETUP, self._start_method == "spawn", search_path, self._preload))
+        channel.send(frames.encode(Kind.SETUP, self._start_method == "spawn", self._preload, _script_fields()))
         logger.debug("template started", extra={"action": "template_started", "template_pid": process.pid})
         return life
 
@@ -154,7 +157,9 @@ class TemplateLauncher:
         except (TypeError, KeyError) as error:
             raise ProtocolViolation(f"the template sent a {frame.kind.name} that does not fit: {error}") from error
 
-    def _on_ready(self, life: _Life, problems: list[str], unforkable: str | None) -> None:
+    def _on_ready(self, life: _Life, fatal: str | None, problems: list[str], unforkable: str | None) -> None:
+        if fatal is not None and not life.ready.done():
+            life.ready.set_exception(LauncherError(f"no task can run here: {fatal}"))
         for problem in problems:
             logger.warning("template: %s", problem, extra={"action": "template_problem"})
         self._note_fallback(unforkable)
@@ -196,48 +201,77 @@ class TemplateLauncher:
                 future.set_exception(LauncherError(problem))
 
     def _on_closed(self, life: _Life, violation: ProtocolViolation | None) -> None:
-        if life.closing:
-            return
-        try:
-            # The channel closes a moment before the process is gone.
-            code = life.process.wait(_DYING_SECONDS)
-        except subprocess.TimeoutExpired:
-            # The channel is all that it lives for. Its tasks die with it.
-            life.process.kill()
-            code = life.process.wait()
+        if life is self._life:
+            self._life = None
+        if not life.closing:
+            burial = asyncio.get_running_loop().create_task(self._bury(life, violation))
+            self._burials.add(burial)
+            burial.add_done_callback(self._burials.discard)
+
+    async def _bury(self, life: _Life, violation: ProtocolViolation | None) -> None:
+        """Wait until nothing of a template is left, and tell whoever waits for it."""
+        code = await _ended(life.process)
         how = f"of {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        problem = f"the template process died {how}" if violation is None else f"the template was ended: {violation}"
+        problem = f"the template process died {how}"
+        if life.abandoned:
+            problem = "the user's code hangs while it is loaded; the template was ended"
+        elif violation is not None:
+            problem = f"the template was ended: {violation}"
         if not life.ready.done():
             life.ready.set_exception(LauncherError(f"{problem} while it started"))
         for child in life.children.values():
             self._fail(child, problem)
         life.children.clear()
-        if life is self._life:
-            self._life = None
-            logger.error("%s; the next task starts a new one", problem, extra={"action": "template_died"})
+        logger.error("%s; the next task starts a new one", problem, extra={"action": "template_died"})
 
     def abandon(self, task_id: str) -> None:
         """End a template that hangs in user code while it loads a callback."""
         life = self._life
         if life is None or task_id not in life.children or life.children[task_id].started.done():
             return
-        logger.error(
-            "the template does not answer: the user's code hangs while it is loaded; killing the template",
-            extra={"action": "template_stuck", "task_id": task_id},
-        )
-        life.process.kill()
+        life.abandoned = True
+        # The guardian sees it, whatever the template is at.
+        life.channel.close()
 
     async def close(self) -> None:
         """End the template; every process that it still has ends with it."""
-        life, self._life = self._life, None
-        if life is None:
-            return
-        life.closing = True
-        # It ends itself when the channel is closed, after whatever process it still has.
-        life.channel.close()
+        life = self._life
+        if life is not None:
+            life.closing = True
+            life.channel.close()
+            await _ended(life.process)
+        while self._burials:
+            await asyncio.wait(set(self._burials))
+
+
+async def _ended(process: subprocess.Popen[bytes]) -> int:
+    """Wait until a template's guardian has ended, after all that is below it; return its exit code."""
+    try:
+        return await asyncio.to_thread(process.wait, _CLOSE_SECONDS)
+    except subprocess.TimeoutExpired:
+        logger.warning("the template does not end by itself; killing it", extra={"action": "template_killed"})
+        process.kill()
+        return await asyncio.to_thread(process.wait)
+
+
+def _template_environment() -> dict[str, str]:
+    """Return the template's environment; it puts PYTHONPATH back once it has found this package."""
+    package_root = os.path.dirname(os.path.dirname(scaleout_mp.__file__))
+    search_path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), package_root]))
+    return {**os.environ, **dict.fromkeys(pools.VARIABLES, "1"), "PYTHONPATH": search_path}
+
+
+def _script_fields() -> dict[str, Any]:
+    entries = []
+    for entry in sys.path:
         try:
-            await asyncio.to_thread(life.process.wait, _CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            logger.warning("the template does not end by itself; killing it", extra={"action": "template_killed"})
-            life.process.kill()
-            await asyncio.to_thread(life.process.wait)
+            entries.append(os.fsencode(entry or os.getcwd()))
+        except (OSError, TypeError):
+            # A folder that is gone, or something that only an import hook understands.
+            continue
+    main_file = getattr(sys.modules.get("__main__"), "__file__", None)
+    return {
+        "search_path": entries,
+        "main_file": None if main_file is None else os.fsencode(os.path.abspath(main_file)),
+        "python_path": os.environb.get(b"PYTHONPATH"),
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import TYPE_CHECKING, Final
 
 from scaleout_mp.config.machine import usable_cores
@@ -21,7 +22,9 @@ _FIRST: Final = 0.03
 #: A task near its limit that does not grow is looked at this seldom.
 _CALM: Final = 0.02
 #: Between two searches for orphans of the task, seconds.
-_ORPHAN_SEARCH: Final = 0.5
+_ORPHAN_SEARCH: Final = 0.1
+#: Processes that are looked at between two events of the loop.
+_FEW: Final = 8
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -44,34 +47,55 @@ class TreeWatch:
     _orphans: list[int] = dataclasses.field(default_factory=list)
     _next_search: float | None = None
     _grew: bool = True
+    _processes: int = 1
+    _cost: float = 0.0
+
+    @property
+    def large(self) -> bool:
+        """Whether a look takes so long that it does not belong on an event loop."""
+        return self._processes > _FEW
 
     def look(self, clock: float) -> StopCause | None:
         """Measure the tree and say which limit it has passed.
 
         Takes some 50 microseconds a process, and 1 ms a process when forks share memory near the limit.
         """
+        started = time.monotonic()
         if self._next_search is None:
             self._next_search = clock + _ORPHAN_SEARCH
         elif clock >= self._next_search:
             self._orphans = tree.tagged(self.tag)
             self._next_search = clock + _ORPHAN_SEARCH
         pids = list(dict.fromkeys([*memory.descendants(self.pid), *self._orphans]))
-        return self._look_at_memory(pids) or self._look_at_use(pids)
+        self._processes = len(pids)
+        cause = self._look_at_memory(pids) or self._look_at_use(pids)
+        self._cost = time.monotonic() - started
+        return cause
 
     def _look_at_memory(self, pids: list[int]) -> StopCause | None:
-        size = memory.own_size(pids, self.shared)
-        if self.group is None and self.memory_limit and size > self.memory_limit and len(pids) > 1:
-            # The sum counts pages that forks share once for each of them.
-            size = memory.exact_size(pids, self.shared)
-        self._grew = size > self.now
-        self.now = size
-        self.peak = max(self.peak, size)
-        # The group counts what the kernel charges to the task; our sum has pages in it that the template paid for.
-        over = self.killed_by_kernel() if self.group is not None else 0 < self.memory_limit < size
+        over = self._count(pids) if self.group is None else self._count_by_group(self.group)
+        self.peak = max(self.peak, self.now)
         if not over:
             return None
         limit, peak = readable_size(self.memory_limit), readable_size(self.peak)
         return StopCause(reason=EndReason.MEMORY_LIMIT, message=f"passed its memory limit of {limit} (peak {peak})")
+
+    def _count(self, pids: list[int]) -> bool:
+        size = memory.own_size(pids, self.shared)
+        if len(pids) > 1 and size > (self.memory_limit or self.peak):
+            # The sum counts pages that forks share once for each of them.
+            size = memory.exact_size(pids, self.shared)
+        self._grew = size > self.now
+        self.now = size
+        return 0 < self.memory_limit < size
+
+    def _count_by_group(self, group: MemoryGroup) -> bool:
+        try:
+            self.now = group.use().now
+        except OSError:
+            # Somebody removed the group from outside, which needs the task to be out of it.
+            return False
+        return self.killed_by_kernel()
 
     def killed_by_kernel(self) -> bool:
         """Whether the kernel killed a process of the tree because the tree was at its limit."""
@@ -80,7 +104,6 @@ class TreeWatch:
         try:
             use = self.group.use()
         except OSError:
-            # Somebody removed the group from outside, which needs the task to be out of it.
             return False
         if use.oom_kills:
             self.peak = use.peak
@@ -103,6 +126,9 @@ class TreeWatch:
     def pause(self) -> float:
         """Return the seconds until the next look is due."""
         # The first comes early, so that short tasks have a figure as well.
+        if self._cost > _SHORTEST:
+            # Looking must not become the main work.
+            return min(_LONGEST, 4 * self._cost)
         pauses = [_LONGEST if self.now else _FIRST]
         if self.memory_limit and self.group is None:
             headroom = (self.memory_limit - self.now) / _FASTEST_GROWTH

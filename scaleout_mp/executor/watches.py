@@ -79,7 +79,8 @@ class Watches:
         # A new process has nothing yet: the first look can wait as long as the limits are far.
         while True:
             await asyncio.sleep(tree.pause())
-            cause = tree.look(self._loop.time())
+            now = self._loop.time()
+            cause = await asyncio.to_thread(tree.look, now) if tree.large else tree.look(now)
             if cause is not None:
                 # No grace: every moment of it would go into more of the same.
                 self._on_breach(cause, graceful=False)

@@ -18,6 +18,7 @@ from typing import Any, Final, Self
 from scaleout_mp.errors import CallbackNotSendable, ValueNotSendable
 from scaleout_mp.ipc import segments
 from scaleout_mp.ipc.channel import close_all
+from scaleout_mp.ipc.frames import MAX_DESCRIPTORS
 from scaleout_mp.model import ScaleoutModel
 
 #: Buffers below this many bytes are pickled in place.
@@ -120,6 +121,8 @@ class PackedArguments:
     descriptors: list[int]
     #: Bytes of models among them, which the child maps and does not make its own.
     model_bytes: int
+    #: Bytes of the arguments themselves that travel in a memfd.
+    memory_bytes: int
 
     def close(self) -> None:
         """Free what was made for sending; the models are left alone."""
@@ -139,15 +142,20 @@ def pack(args: Sequence[Any], kwargs: Mapping[str, Any]) -> PackedArguments:
     buffers: list[memoryview] = []
     pickled = _pickle((tuple(args), dict(kwargs)), models, buffers)
     table, memory = segments.store([pickled, *buffers])
+    if len(models) >= MAX_DESCRIPTORS:
+        raise ValueNotSendable(f"a task takes at most {MAX_DESCRIPTORS - 1} models, not {len(models)}")
     # Copies: the caller may close its models while the task still waits for its turn.
     descriptors = [os.dup(model.fileno()) for model in models]
+    memory_bytes = 0
     if memory is not None:
+        memory_bytes = memory.size
         descriptors.insert(0, os.dup(memory.fileno()))
         memory.close()
     return PackedArguments(
         table=[memory is not None, table],
         descriptors=descriptors,
         model_bytes=sum(model.size for model in models),
+        memory_bytes=memory_bytes,
     )
 
 

@@ -106,7 +106,11 @@ class ChildChannel:
     def receive(self) -> Frame | None:
         """Wait for the next frame; None when the other end is closed."""
         while not self._ready:
-            frames = self._receiver.read()
+            try:
+                frames = self._receiver.read()
+            except OSError:
+                # Reset: it died with something of ours unread.
+                frames = None
             if frames is None:
                 return None
             self._ready.extend(frames)
@@ -122,6 +126,9 @@ class ChildChannel:
                 frames = self._receiver.read(socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return None
+            except OSError:
+                # Reset: it died with something of ours unread.
+                frames = None
             if frames is None:
                 raise ChannelError("the supervisor is gone")
             self._ready.extend(frames)

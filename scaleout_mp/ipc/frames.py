@@ -20,7 +20,7 @@ _LENGTH: Final = struct.Struct("<I")
 #: No frame is longer, in bytes. Whatever may be larger travels in a memfd.
 MAX_FRAME: Final = 1 << 20
 #: Descriptors beside one frame; the kernel's own bound (SCM_MAX_FD) is 253.
-MAX_DESCRIPTORS: Final = 32
+MAX_DESCRIPTORS: Final = 64
 #: Callables that a template keeps loaded; the one that came first goes first, on both sides.
 MAX_LOADED: Final = 64
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import os
+import socket
 from typing import TYPE_CHECKING
 
 from scaleout_mp.errors import ProtocolViolation
 from scaleout_mp.ipc.channel import READ_SIZE, Receiver, close_all, readable, send_now
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable, Sequence
 
     from scaleout_mp.ipc.frames import Frame
@@ -126,5 +127,8 @@ class SupervisorChannel:
             close_all(descriptors)
         self._queue.clear()
         self._receiver.close()
+        # A fork of this process may hold a copy: closing ours alone would tell the other end nothing.
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
         self._on_closed(violation)

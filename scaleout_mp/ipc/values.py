@@ -26,6 +26,8 @@ _MODEL: Final = 3
 
 #: Bytes of a returned value without its arrays and models.
 MAX_TREE: Final = 1 << 26
+#: Tuples in tuples; each level is a call of the decoder in C.
+MAX_DEPTH: Final = 64
 #: Models in one returned value.
 MAX_MODELS: Final = 16
 _PLAIN_TYPES: Final[tuple[type[Any], ...]] = (dict, list, str, bytes, int, float)
@@ -52,9 +54,14 @@ class _Encoder:
     def __init__(self) -> None:
         self.arrays: list[memoryview] = []
         self.models: list[ScaleoutModel] = []
+        self._depth = 0
 
     def pack(self, value: Any) -> bytes:
+        if self._depth >= MAX_DEPTH:
+            raise ValueNotSendable(f"tuples in a returned value can be nested {MAX_DEPTH} deep, not more")
+        self._depth += 1
         packed: bytes = msgpack.packb(value, default=self._special, strict_types=True)
+        self._depth -= 1
         return packed
 
     def _special(self, value: Any) -> Any:
@@ -84,7 +91,12 @@ class _Encoder:
         return len(self.models) - 1
 
     def _array(self, array: np.ndarray[Any, Any]) -> bytes:
-        if array.dtype.kind not in _PLAIN_KINDS or array.dtype.hasobject or array.dtype.names:
+        if (
+            array.dtype.kind not in _PLAIN_KINDS
+            or array.dtype.hasobject
+            or array.dtype.names
+            or not array.dtype.itemsize
+        ):
             raise ValueNotSendable(f"an array of dtype {array.dtype} cannot be returned from a task")
         order: Literal["C", "F"] = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
         flat = np.asarray(array, order=order).reshape(-1, order=order)
@@ -132,9 +144,15 @@ class _Decoder:
     def __init__(self, views: list[memoryview], models: list[ScaleoutModel]) -> None:
         self._views = views
         self._models = models
+        self._depth = 0
 
     def unpack(self, packed: memoryview | bytes) -> Any:
-        return msgpack.unpackb(packed, ext_hook=self._special, strict_map_key=False, max_ext_len=MAX_TREE)
+        if self._depth > MAX_DEPTH:
+            raise ProtocolViolation("a returned value is nested too deep")
+        self._depth += 1
+        value = msgpack.unpackb(packed, ext_hook=self._special, strict_map_key=False, max_ext_len=MAX_TREE)
+        self._depth -= 1
+        return value
 
     def _special(self, code: int, data: bytes) -> Any:
         inner = self.unpack(data)
@@ -155,9 +173,11 @@ class _Decoder:
             raise ProtocolViolation("an array in a returned value has a bad shape")
         try:
             kind = np.dtype(dtype)
-        except TypeError:
+        except (TypeError, ValueError, SyntaxError):
             raise ProtocolViolation("an array in a returned value has an unknown dtype") from None
         view = self._views[index]
+        if not kind.itemsize or kind.subdtype is not None:
+            raise ProtocolViolation("an array in a returned value has elements of no size")
         if kind.hasobject or kind.kind not in _PLAIN_KINDS or math.prod(shape) * kind.itemsize != view.nbytes:
             raise ProtocolViolation("an array in a returned value does not fit its bytes")
         return (
@@ -172,26 +192,32 @@ def decode(table: Any, descriptors: list[int], *, max_model_size: int) -> Any:
 
     Raises ProtocolViolation when anything does not hold, models that are no models included.
     """
-    views: list[memoryview] = []
     models: list[ScaleoutModel] = []
     try:
-        if not (isinstance(table, list) and len(table) == 2 and isinstance(table[0], bool)):
-            raise ProtocolViolation("a result has no table")
-        if len(descriptors) - table[0] > MAX_MODELS or len(descriptors) < table[0]:
-            raise ProtocolViolation("a result has too many descriptors, or too few")
-        views = segments.load(table[1], descriptors.pop(0) if table[0] else None)
-        if not views or views[0].nbytes > MAX_TREE:
-            raise ProtocolViolation("a result is empty, or too large")
-        # One by one: those adopted before a bad one are closed below.
-        for descriptor in descriptors:
-            models.append(_adopt(descriptor, max_model_size))  # noqa: PERF401
-        return _Decoder(views, models).unpack(views[0])
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+        return _decode(table, descriptors, models, max_model_size)
+    except Exception as error:
         for model in models:
             model.close()
-        raise ProtocolViolation(f"a result cannot be read: {error}") from error
+        if isinstance(error, ProtocolViolation):
+            raise
+        # Whatever it provoked in here, it is the sender's doing.
+        raise ProtocolViolation(f"a result cannot be read: {type(error).__name__}: {error}") from error
     finally:
         close_all(descriptors)
+
+
+def _decode(table: Any, descriptors: list[int], models: list[ScaleoutModel], max_model_size: int) -> Any:
+    if not (isinstance(table, list) and len(table) == 2 and isinstance(table[0], bool)):
+        raise ProtocolViolation("a result has no table")
+    if len(descriptors) - table[0] > MAX_MODELS or len(descriptors) < table[0]:
+        raise ProtocolViolation("a result has too many descriptors, or too few")
+    views = segments.load(table[1], descriptors.pop(0) if table[0] else None)
+    if not views or views[0].nbytes > MAX_TREE:
+        raise ProtocolViolation("a result is empty, or too large")
+    # One by one: the caller closes those that were adopted before a bad one.
+    for descriptor in descriptors:
+        models.append(_adopt(descriptor, max_model_size))  # noqa: PERF401
+    return _Decoder(views, models).unpack(views[0])
 
 
 def _adopt(descriptor: int, max_model_size: int) -> ScaleoutModel:

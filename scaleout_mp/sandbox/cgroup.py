@@ -26,7 +26,9 @@ _BUSY_SECONDS: Final = 1.0
 class MemoryUse:
     """What a group says."""
 
+    #: Bytes that cannot be given back: without the files that were read.
     now: int
+    #: Bytes, with the files that were read; at most the limit.
     peak: int
     #: Processes that the kernel killed because the group was at its limit.
     oom_kills: int
@@ -101,7 +103,8 @@ class _GroupV2:
         return f"{self._folder}/cgroup.procs"
 
     def use(self) -> MemoryUse:
-        now = int(_read(f"{self._folder}/memory.current"))
+        stat = _fields(f"{self._folder}/memory.stat")
+        now = stat.get("anon", 0) + stat.get("shmem", 0)
         try:
             peak = int(_read(f"{self._folder}/memory.peak"))
         except OSError:
@@ -131,8 +134,9 @@ class _GroupV1:
         return f"{self._folder}/cgroup.procs"
 
     def use(self) -> MemoryUse:
+        stat = _fields(f"{self._folder}/memory.stat")
         return MemoryUse(
-            now=int(_read(f"{self._folder}/memory.usage_in_bytes")),
+            now=stat.get("total_rss", 0) + stat.get("total_shmem", 0) + stat.get("total_swap", 0),
             peak=int(_read(f"{self._folder}/memory.max_usage_in_bytes")),
             oom_kills=_fields(f"{self._folder}/memory.oom_control").get("oom_kill", 0),
         )

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import enum
 import logging
-import os
 import resource
 from typing import Any, Final, Self
 
 from scaleout_mp.sandbox import process, seccomp, tree
 
-_DATA_SLACK: Final = 64 << 20
-_THREAD_STACK: Final = 8 << 20
+#: What may be reserved without being touched: stacks of threads count in full, and allocators take more than they use.
+_DATA_SLACK: Final = 1 << 30
 
 
 class Level(enum.StrEnum):
@@ -33,6 +32,8 @@ class Confinement:
     level: Level = Level.NONE
     #: Bytes; 0: none.
     memory_limit: int = 0
+    #: Bytes of arguments that are mapped privately, which counts as data though it is shared until it is changed.
+    handed_over: int = 0
     #: The file by which a process joins the task's memory cgroup; empty: there is none.
     memory_group: str = ""
     #: Seconds of processor time of each process, rounded up; 0: none. The watchdog sums up the tree.
@@ -83,6 +84,4 @@ class Confinement:
         if self.file_size is not None:
             process.limit_own(resource.RLIMIT_FSIZE, self.file_size)
         if self.memory_limit:
-            # Threads' stacks count as data in full, though hardly any of it is ever touched.
-            stacks = 2 * (os.cpu_count() or 1) * _THREAD_STACK
-            process.limit_data(self.memory_limit, _DATA_SLACK + stacks)
+            process.limit_data(self.memory_limit, _DATA_SLACK + self.handed_over)

@@ -50,11 +50,6 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def outlive_parent() -> None:
-    """Take back `die_with_parent`."""
-    prctl(_PR_SET_PDEATHSIG, 0)
-
-
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent dies (child subreaper)."""
     prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -120,12 +115,22 @@ def thread_count() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def children() -> list[int] | None:
-    """Return the pids of this single-threaded process's children, zombies included; None where it can't be told."""
+def children() -> list[int]:
+    """Return the pids of this single-threaded process's children, zombies included."""
     try:
         return [int(pid) for pid in _read(f"/proc/self/task/{os.getpid()}/children").split()]
     except OSError:
-        return None
+        # A kernel without CONFIG_PROC_CHILDREN.
+        own = os.getpid()
+        return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _parent(pid) == own]
+
+
+def _parent(pid: int) -> int:
+    try:
+        stat = _read(f"/proc/{pid}/stat")
+    except OSError:
+        return 0
+    return int(stat[stat.rindex(b")") + 2 :].split()[1])
 
 
 def changed_signals() -> list[int]:

@@ -11,33 +11,50 @@ user), pidfd_open(2).
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import random
 import resource
 import signal
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 #: Tags lie in [2^60, 2^61): above any limit that a person would set, below "unlimited".
 _TAG_BASE: Final = 1 << 60
+#: Least hard limit below which there is still room for tags.
+_LEAST_ROOM: Final = 1 << 16
 _CLEAN_SCANS: Final = 3
 
-_tags: Final = itertools.count(_TAG_BASE + (random.SystemRandom().getrandbits(40) << 20))
+_tags: Final = itertools.count(random.SystemRandom().getrandbits(40) << 19)
 
 
 def new_tag() -> int:
-    """Return a tag that no other task of this machine has, up to chance in 2^40 between supervisors."""
-    return next(_tags)
+    """Return a tag that no other task of this machine has, up to chance in 2^40 between supervisors.
+
+    Where the limit is set already, as by a service manager, tags lie below it; then chance is what room there is.
+    Raises OSError when there is none.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_RTTIME)
+    number = next(_tags)
+    if hard == resource.RLIM_INFINITY:
+        return _TAG_BASE + number % _TAG_BASE
+    if hard < _LEAST_ROOM:
+        raise OSError(errno.EPERM, f"RLIMIT_RTTIME is {hard}: no room for the marks of tasks below it")
+    return hard - 1 - number % (hard // 2)
 
 
 def wear_tag(tag: int) -> None:
-    """Put the tag on the calling process and, from now on, on every descendant."""
-    _, hard = resource.getrlimit(resource.RLIMIT_RTTIME)
-    if hard != resource.RLIM_INFINITY and hard < tag:
-        # A task inside a task: the outer tag is the stronger one, it ends both.
-        return
-    resource.setrlimit(resource.RLIMIT_RTTIME, (tag, tag))
+    """Put the tag on the calling process and, from now on, on every descendant. Raises OSError."""
+    try:
+        resource.setrlimit(resource.RLIMIT_RTTIME, (tag, tag))
+    except ValueError as error:
+        # What Python makes of EPERM here.
+        text = "RLIMIT_RTTIME cannot be changed, as inside a task of a sandboxed executor"
+        raise PermissionError(errno.EPERM, text) from error
 
 
 def _wears(pid: int, tag: int) -> bool:
@@ -46,6 +63,16 @@ def _wears(pid: int, tag: int) -> bool:
     except (ProcessLookupError, PermissionError):
         # Gone, or of another user: a task cannot become another user, so it isn't ours.
         return False
+
+
+def is_stray(pid: int, tags: Collection[int]) -> bool:
+    """Whether a process wears a tag that is none of those, and not just this process's own limit."""
+    own = resource.getrlimit(resource.RLIMIT_RTTIME)[1]
+    try:
+        worn = resource.prlimit(pid, resource.RLIMIT_RTTIME)[1]
+    except (ProcessLookupError, PermissionError):
+        return False
+    return worn not in tags and worn != own
 
 
 def _is_zombie(pid: int) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from scaleout_mp.errors import ChannelError, StoppedException
 from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.frames import Kind
+from scaleout_mp.ipc.messages import MAX_NAME, MAX_STEP, MAX_VALUE
 from scaleout_mp.task import RecordContext, set_current_task
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ class ChannelContext:
         """The id under which the supervisor knows this task."""
         return self._task_id
 
+    def close(self) -> None:
+        """Give up this process's copy of the channel."""
+        self._channel.close()
+
     def begin(self) -> None:
         """Say that the callable begins, to who waits for signs of life."""
         if self._progress_every:
@@ -47,13 +52,18 @@ class ChannelContext:
     def log_metric(
         self, metrics: Mapping[str, float], *, step: int | None = None, context: RecordContext | None = None
     ) -> None:
-        """Send metrics; raises TypeError that names a key whose value is no number."""
+        """Send metrics; raises TypeError that names a key whose value is no number, and ValueError."""
+        if step is not None and (type(step) is not int or not 0 <= step <= MAX_STEP):
+            raise ValueError(f"step must be a whole number from 0 to 2**32 - 1, not {step!r}")
         where = None if context is None else [context.model_id, context.round_id, context.session_id]
         self._channel.send(frames.encode(Kind.METRIC, _numbers(metrics), step, where, time.time()))
 
     def log_attributes(self, attributes: Mapping[str, str]) -> None:
         """Send attributes; values become strings."""
-        values = {str(key): str(value) for key, value in attributes.items()}
+        values = {_name(key): str(value) for key, value in attributes.items()}
+        too_long = next((key for key, value in values.items() if len(value) > MAX_VALUE), None)
+        if too_long is not None:
+            raise ValueError(f"attribute {too_long!r} is longer than {MAX_VALUE} characters")
         self._channel.send(frames.encode(Kind.ATTRIBUTES, values, time.time()))
 
     def log_telemetry(self, telemetry: Mapping[str, float]) -> None:
@@ -85,11 +95,19 @@ class ChannelContext:
             self._channel.send(frames.encode(Kind.PROGRESS))
 
 
+def _name(key: object) -> str:
+    name = str(key)
+    if len(name) > MAX_NAME:
+        raise ValueError(f"a key is longer than {MAX_NAME} characters: {name[:40]!r}...")
+    return name
+
+
 def _numbers(values: Mapping[str, float]) -> dict[str, float]:
     numbers = {}
     for key, value in values.items():
+        name = _name(key)
         try:
-            numbers[str(key)] = float(value)
+            numbers[name] = float(value)
         except (TypeError, ValueError):
             raise TypeError(f"{key!r} must be a number, not {type(value).__name__}") from None
     return numbers
@@ -120,15 +138,22 @@ def enter(context: ChannelContext, *, log_level: int) -> None:
     unset, so that logging is refused instead of lost half-way.
     """
     set_current_task(context)
-    os.register_at_fork(after_in_child=_leave_in_fork)
+
+    def leave() -> None:
+        set_current_task(None)
+        _stop_forwarding()
+        context.close()
+
+    os.register_at_fork(after_in_child=leave)
     root = logging.getLogger()
-    root.addHandler(ForwardingHandler(context, log_level))
+    if not root.handlers:
+        # Where the user's own module has set up logging, its handlers say it all.
+        root.addHandler(ForwardingHandler(context, log_level))
     if root.level == logging.WARNING or root.level > log_level:
         root.setLevel(log_level)
 
 
-def _leave_in_fork() -> None:
-    set_current_task(None)
+def _stop_forwarding() -> None:
     root = logging.getLogger()
     for handler in list(root.handlers):
         if isinstance(handler, ForwardingHandler):

@@ -19,6 +19,7 @@ import msgpack
 from scaleout_mp.sandbox import pools, process
 from scaleout_mp.sandbox.confinement import Confinement
 from scaleout_mp.worker import task
+from scaleout_mp.worker.script import Script
 from scaleout_mp.worker.task import CHANNEL_DESCRIPTOR
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _HIGH: Final = 64
 class Program:
     """What a fresh interpreter needs beside its confinement."""
 
-    search_path: list[str]
+    script: Script
     pickled: bytes
     call_filter: bytes | None
 
@@ -83,19 +84,19 @@ def main() -> NoReturn:
     for descriptor in (CHANNEL_DESCRIPTOR, process.STACK_DESCRIPTOR):
         os.set_inheritable(descriptor, False)
     confinement = Confinement.from_fields(confinement_fields)
-    program = Program(**program_fields)
+    program = Program(**{**program_fields, "script": Script(**program_fields["script"])})
     process.reset_signals(process.changed_signals())
     faulthandler.enable(file=2)
     os.setsid()
     process.die_with_parent(template)
     confinement.apply(program.call_filter)
-    sys.path[:] = program.search_path
+    program.script.apply_search_path()
 
     def load() -> Callable[..., Any]:
         loaded: Callable[..., Any] = pickle.loads(program.pickled)
         return loaded
 
-    task.run(load, confinement)
+    task.run(load, confinement, program.script)
 
 
 if __name__ == "__main__":

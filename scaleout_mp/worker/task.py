@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import errno
 import faulthandler
 import fcntl
@@ -13,6 +14,7 @@ import socket
 import sys
 import threading
 import traceback
+import weakref
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from scaleout_mp.errors import ChannelError, ProtocolViolation
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from scaleout_mp.sandbox.confinement import Confinement
+    from scaleout_mp.worker.script import Script
 
 #: Where the channel lies in a task's process; 0, 1 and 2 are the standard streams.
 CHANNEL_DESCRIPTOR: Final = 3
@@ -54,7 +57,24 @@ def arrange_descriptors(channel: int, stdout: int, stderr: int, stacks: int) -> 
     os.closerange(process.STACK_DESCRIPTOR + 1, 1 << 20)
 
 
-def run(load: Callable[[], Callable[..., Any]], confinement: Confinement) -> NoReturn:
+def forget_exit_handlers() -> None:
+    """Drop what the template's modules wanted done when their process ends: this is another one.
+
+    A temporary folder that a module made would otherwise be gone after the first task.
+    """
+    atexit._clear()  # noqa: SLF001 - there is no public way
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]  # noqa: SLF001
+        finalizer.atexit = False
+    # These three register themselves once, when they are imported or first used, and are wanted here as well.
+    if getattr(weakref.finalize, "_registered_with_atexit", False):
+        atexit.register(weakref.finalize._exitfunc)  # type: ignore[attr-defined]  # noqa: SLF001
+    atexit.register(logging.shutdown)
+    pools = sys.modules.get("multiprocessing.util")
+    if pools is not None:
+        atexit.register(pools._exit_function)  # noqa: SLF001
+
+
+def run(load: Callable[[], Callable[..., Any]], confinement: Confinement, script: Script) -> NoReturn:
     """Serve the one task whose frame waits in the channel; never returns.
 
     `load` gives the callable; what it raises is reported like an error of the callable itself.
@@ -68,7 +88,7 @@ def run(load: Callable[[], Callable[..., Any]], confinement: Confinement) -> NoR
         _prepare_interpreter()
         context = ChannelContext(channel, task_id, progress_every=confinement.progress_every)
         enter(context, log_level=confinement.log_level)
-        code = _run_callable(channel, context, load, packed, frame.descriptors)
+        code = _run_callable(_Call(channel, context, load, script), packed, frame.descriptors)
     except ChannelError:
         # The supervisor is gone. Nobody is left to tell.
         code = 1
@@ -100,29 +120,47 @@ def _line_stream(descriptor: int) -> io.TextIOWrapper[Any]:
     return open(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
-def _run_callable(
-    channel: ChildChannel,
-    context: ChannelContext,
-    load: Callable[[], Callable[..., Any]],
-    packed: Any,
-    descriptors: list[int],
-) -> int:
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    channel: ChildChannel
+    context: ChannelContext
+    load: Callable[[], Callable[..., Any]]
+    script: Script
+
+
+def _run_callable(call: _Call, packed: Any, descriptors: list[int]) -> int:
+    own = os.getpid()
+    channel = call.channel
     try:
-        function = load()
-        context.begin()
+        function = call.load()
+        call.script.apply_main(function)
+        call.context.begin()
         args, kwargs = arguments.unpack(packed, descriptors)
         value = function(*args, **kwargs)
+        if os.getpid() != own:
+            # A process that the callable forked has come back from it as well. Only one of them is the task.
+            return 0
         with values.encode(value) as encoded:
             channel.send(
                 frames.encode(Kind.RESULT, encoded.table, descriptors=len(encoded.descriptors)),
                 encoded.descriptors,
             )
-    except ChannelError:
-        raise
-    except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt end the task, not silently
+    except BaseException as error:
+        if isinstance(error, ChannelError) and os.getpid() == own:
+            raise
+        if os.getpid() != own:
+            return _exit_code(error)
         channel.send(_failure(error))
         return 1
     return 0
+
+
+def _exit_code(error: BaseException) -> int:
+    """End a forked process as Python ends one."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int | None):
+        return error.code or 0
+    traceback.print_exception(error)
+    return 1
 
 
 def _failure(error: BaseException) -> bytes:

@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 import traceback
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from scaleout_mp.errors import ChannelError
 from scaleout_mp.ipc import frames
@@ -28,14 +28,12 @@ from scaleout_mp.ipc.frames import Frame, Kind
 from scaleout_mp.sandbox import pools, probe, process, seccomp, tree
 from scaleout_mp.sandbox.confinement import Confinement
 from scaleout_mp.worker import task
+from scaleout_mp.worker.guardian import Guardian
+from scaleout_mp.worker.script import Script
 from scaleout_mp.worker.spawned import Program, start_interpreter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-
-#: Rounds of killing what is left, two milliseconds each.
-_LAST_ROUNDS: Final = 500
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,12 +60,12 @@ class _Spare:
 class Template:
     """State of the template process."""
 
-    def __init__(self, channel: ChildChannel) -> None:
+    def __init__(self, channel: ChildChannel, supervisor: int) -> None:
         self._channel = channel
         self._pid = os.getpid()
-        self._supervisor = os.getppid()
+        self._supervisor = supervisor
         self._spawn = False
-        self._search_path: list[str] = []
+        self._script = Script()
         #: Set anew after the user's code was loaded, which may change some: finding them takes longer than a fork.
         self._changed_signals: list[int] = []
         #: Denies tasks to touch this process and the supervisor, among others.
@@ -101,7 +99,7 @@ class Template:
                 if self._channel.fileno() in ready:
                     self._answer_all()
         except ChannelError:
-            self._end_everything()
+            # The guardian ends what is left.
             os._exit(0)
 
     def _answer_all(self) -> None:
@@ -128,19 +126,19 @@ class Template:
 
     # --- Loading -------------------------------------------------------------------------------------------------
 
-    def _set_up(self, spawn: bool, search_path: list[str], preload: list[str]) -> None:
+    def _set_up(self, spawn: bool, preload: list[str], script: dict[str, Any]) -> None:
         self._spawn = spawn
-        self._search_path = search_path
-        sys.path[:] = search_path
+        self._script = Script(**script)
+        self._script.apply_search_path()
+        fatal = probe.refusal(lambda: tree.wear_tag(tree.new_tag()))
         problems = self._build_filter()
-        if not spawn:
-            with self._mortal():
-                for module in preload:
-                    try:
-                        importlib.import_module(module)
-                    except Exception as error:  # noqa: BLE001 - a preload is a courtesy; the supervisor logs it
-                        problems.append(f"cannot preload {module}: {type(error).__name__}: {error}")
-        self._channel.send(frames.encode(Kind.READY, problems, self._check_forkable()))
+        if not spawn and fatal is None:
+            for module in preload:
+                try:
+                    importlib.import_module(module)
+                except BaseException as error:  # noqa: BLE001 - a preload is a courtesy; the supervisor logs it
+                    problems.append(f"cannot preload {module}: {type(error).__name__}: {error}")
+        self._channel.send(frames.encode(Kind.READY, fatal, problems, self._check_forkable()))
 
     def _build_filter(self) -> list[str]:
         """Build the filter of tasks' system calls; return why there is none."""
@@ -150,7 +148,7 @@ class Template:
             seccomp.install(program)
 
         try:
-            program = seccomp.build([self._supervisor, self._pid])
+            program = seccomp.build([self._supervisor, os.getppid(), self._pid])
         except OSError as error:
             return [f"tasks have no system call filter: {error.strerror}"]
         refused = probe.refusal(put_on)
@@ -169,12 +167,11 @@ class Template:
             self._loaded.pop(oldest, None)
         problem = None
         if not self._spawn:
-            with self._mortal():
-                try:
-                    self._loaded[key] = pickle.loads(pickled)
-                except BaseException as error:  # noqa: BLE001 - user code runs while its module is imported
-                    failure = self._loaded[key] = _NotLoaded.by(error)
-                    problem = failure.problem
+            try:
+                self._loaded[key] = pickle.loads(pickled)
+            except BaseException as error:  # noqa: BLE001 - user code runs while its module is imported
+                failure = self._loaded[key] = _NotLoaded.by(error)
+                problem = failure.problem
         self._channel.send(frames.encode(Kind.LOADED, key, problem, self._check_forkable()))
 
     def _check_forkable(self) -> str | None:
@@ -188,6 +185,8 @@ class Template:
         elif _cuda_started():
             self._spawn, reason = True, "CUDA is initialised, which does not survive a fork"
         else:
+            # Of an earlier load, what is garbage by now.
+            gc.unfreeze()
             # What was loaded goes out of the collector's sight: collections in tasks would copy its pages.
             gc.collect()
             gc.freeze()
@@ -195,15 +194,6 @@ class Template:
             self._pool_setters = pools.loaded_setters()
             return None
         return reason
-
-    @contextlib.contextmanager
-    def _mortal(self) -> Any:
-        """While user code runs here, this process cannot watch its supervisor: the kernel does."""
-        process.die_with_parent(self._supervisor)
-        try:
-            yield
-        finally:
-            process.outlive_parent()
 
     # --- Tasks ---------------------------------------------------------------------------------------------------
 
@@ -214,7 +204,7 @@ class Template:
                 pid = start_interpreter(
                     frame.descriptors,
                     _confinement(frame),
-                    Program(search_path=self._search_path, pickled=self._pickles[key], call_filter=self._call_filter),
+                    Program(script=self._script, pickled=self._pickles[key], call_filter=self._call_filter),
                 )
             else:
                 pid = self._use_spare(frame) or self._fork(lambda: frame)
@@ -243,10 +233,11 @@ class Template:
             if frame is not None:
                 confinement = _confinement(frame)
                 task.arrange_descriptors(*frame.descriptors)
+                task.forget_exit_handlers()
                 confinement.apply(self._call_filter)
                 if confinement.threads > 1:
                     pools.set_threads(self._pool_setters, confinement.threads)
-                task.run(lambda: self._take(frame.fields[1]), confinement)
+                task.run(lambda: self._take(frame.fields[1]), confinement, self._script)
         except BaseException:  # noqa: BLE001 - whatever it is, this process must not go on as a template
             with contextlib.suppress(Exception):
                 traceback.print_exc()
@@ -308,49 +299,45 @@ class Template:
         return loaded
 
     def _reap(self) -> None:
+        ended_tags = set()
         while True:
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
-                return
+                break
             if pid == 0:
-                return
+                break
+            # Others are orphans of some task, adopted when their parent died.
             ended = self._tasks.pop(pid, None)
             if ended is None:
-                # An orphan of some task, adopted when its parent died.
                 continue
-            code = os.waitstatus_to_exitcode(status)
+            task_id, tag = ended
+            ended_tags.add(tag)
             facts = {
-                "code": code,
+                "code": os.waitstatus_to_exitcode(status),
                 "cpu_seconds": usage.ru_utime + usage.ru_stime,
                 "max_rss": usage.ru_maxrss * 1024,
-                "strays": self._has_strays(),
+                "strays": bool(self._orphans()),
             }
-            self._channel.send(frames.encode(Kind.EXITED, ended[0], facts))
+            self._channel.send(frames.encode(Kind.EXITED, task_id, facts))
+        self._kill_strays(ended_tags)
 
-    def _has_strays(self) -> bool:
-        """Whether there is a child that is no task's first process: an orphan of some task. True when unknown."""
-        children = process.children()
+    def _orphans(self) -> list[int]:
+        """Return the children that are no task's first process."""
         spare = None if self._spare is None else self._spare.pid
-        return children is None or any(pid not in self._tasks and pid != spare for pid in children)
+        return [pid for pid in process.children() if pid not in self._tasks and pid != spare]
 
-    def _end_everything(self) -> None:
-        for _, tag in list(self._tasks.values()):
-            with contextlib.suppress(TimeoutError):
-                tree.kill_tagged(tag)
-        # What is left are orphans, of tasks that have been reported already, and the spare.
-        for _ in range(_LAST_ROUNDS):
-            children = process.children()
-            if not children:
-                return
-            for pid in children:
-                # A child keeps its pid until it is reaped here: no race.
+    def _kill_strays(self, ended_tags: set[int]) -> None:
+        """Kill orphans of an executor that ran inside a task which is gone: nobody else knows their tags.
+
+        Those of a task that has just ended are left to the supervisor, which counts them.
+        """
+        known = ended_tags | {tag for _, tag in self._tasks.values()}
+        for pid in self._orphans():
+            if tree.is_stray(pid, known):
+                # A child keeps its pid until it is reaped here.
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
-            select.poll().poll(2)
 
 
 def _confinement(frame: Frame) -> Confinement:
@@ -363,7 +350,7 @@ def _cuda_started() -> bool:
 
 
 def main() -> NoReturn:
-    """Run the template on the channel that is standard input."""
+    """Run guardian and template on the channel that is standard input."""
     sock = socket.socket(fileno=os.dup(0))
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -371,10 +358,19 @@ def main() -> NoReturn:
     # What these mean is the supervisor's to decide, whoever else they were sent to.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    process.forbid_core_files()
+    process.adopt_orphans()
+    supervisor = os.getppid()
+    guardian = Guardian(sock, supervisor)
+    above = os.getpid()
+    pid = os.fork()
+    if pid:
+        guardian.watch(pid)
+    process.die_with_parent(above)
     process.adopt_orphans()
     # Of this process, and by inheritance of every task: the Python stack at the moment of a crash.
     faulthandler.enable(file=2)
-    Template(ChildChannel(sock)).serve()
+    Template(ChildChannel(sock), supervisor).serve()
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ import os
 import signal
 import struct
 import subprocess
+import sys
 import threading
 import time
 
+import module_with_folder
 import msgpack
 import numpy as np
 import programs
@@ -533,6 +535,20 @@ def raw_frame(*parts):
 
 
 RESULT = frames.encode(Kind.RESULT, [False, [msgpack.packb("spoofed")]])
+RESULT_OF_NOTHING = frames.encode(
+    Kind.RESULT,
+    [False, [msgpack.packb(msgpack.ExtType(2, msgpack.packb(["S0", [1 << 50], "C", 1]))), b""]],
+)
+
+
+def nested(depth):
+    packed = msgpack.packb([])
+    for _ in range(depth):
+        packed = msgpack.packb([msgpack.ExtType(1, packed)])
+    return packed
+
+
+RESULT_TOO_DEEP = frames.encode(Kind.RESULT, [False, [nested(400)]])
 
 
 @pytest.mark.parametrize(
@@ -557,14 +573,123 @@ RESULT = frames.encode(Kind.RESULT, [False, [msgpack.packb("spoofed")]])
             [False, [msgpack.packb(msgpack.ExtType(2, msgpack.packb(["|O", [1], "C", 1]))), b"12345678"]],
         ),
         raw_frame(int(Kind.EXITED), 0, "x", {}),
-        RESULT + RESULT,
+        RESULT_TOO_DEEP,
+        RESULT_OF_NOTHING,
     ],
-    ids=range(16),
+    ids=range(17),
 )
 def test_a_violation_ends_the_task_and_nothing_else(executor, data):
     report = executor.submit(programs.write_raw, data).report(20)
     assert report.reason is EndReason.PROTOCOL, report
     assert executor.submit(programs.echo, "fine").result(20) == "fine"
+
+
+def test_a_replayed_result_changes_nothing(executor):
+    other = frames.encode(Kind.RESULT, [False, [msgpack.packb("other")]])
+    assert executor.submit(programs.write_raw, RESULT + other).result(20) == "spoofed"
+
+
+def test_tuples_that_are_nested_too_deep_are_refused_where_they_are_made(executor):
+    report = executor.submit(programs.deep_tuple, 300).report(20)
+    assert (report.reason, report.error_type) == (EndReason.FAILED, "ValueNotSendable")
+    assert executor.submit(programs.deep_tuple, 50).result(20)
+
+
+# --- What callbacks do to themselves -------------------------------------------------------------------------------
+
+
+def test_a_fork_that_comes_back_is_not_the_task(executor):
+    for program in (programs.fork_return, programs.fork_exit, programs.fork_raise):
+        assert executor.submit(program).result(20) == "parent"
+
+
+def test_exit_handlers_of_the_template_are_not_run(executor):
+    folders = {executor.submit(module_with_folder.use).result(20) for _ in range(3)}
+    if executor.submit(programs.echo, 0).report(20).start_method == "template":
+        assert len(folders) == 1
+
+
+def test_slips_in_logging_raise_where_they_are_made(executor):
+    for arguments in ((-1, "x"), (True, "x"), (0, "x" * 2000)):
+        report = executor.submit(programs.log_metric, *arguments).report(20)
+        assert (report.reason, report.error_type) == (EndReason.FAILED, "ValueError"), report
+
+
+def test_a_memory_limit_leaves_room_for_threads_that_do_nothing(executor):
+    assert executor.submit(programs.idle_threads, 40, limits=Limits(memory="64MiB", threads=1)).result(20) == 40
+
+
+def test_large_arguments_are_not_the_tasks_own_memory(executor):
+    array = np.ones(50 * MIB // 8)
+    total = executor.submit(np.sum, array, limits=Limits(memory="32MiB")).result(20)
+    assert total == array.size
+
+
+def test_a_pool_in_a_task_finds_functions_of_the_script(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, concurrent.futures\n"
+        "from scaleout_mp import TaskExecutor\n"
+        "def work(x):\n    return x + 1\n"
+        "def train(kind):\n"
+        "    with multiprocessing.get_context(kind).Pool(2) as pool:\n"
+        "        return pool.map(work, [1, 2])\n"
+        "if __name__ == '__main__':\n"
+        "    for method in ('template', 'spawn'):\n"
+        "        with TaskExecutor(start_method=method) as executor:\n"
+        "            for kind in ('fork', 'spawn'):\n"
+        "                print(executor.submit(train, kind).result())\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("[2, 3]\n" * 4, "")
+
+
+def test_the_users_folder_does_not_stand_in_for_the_standard_library(tmp_path, monkeypatch):
+    (tmp_path / "random.py").write_text("raise ImportError('not the one you wanted')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
+    with TaskExecutor(echo_output=False) as running:
+        assert running.submit(programs.echo, 1).result(20) == 1
+
+
+def test_a_preload_that_exits_is_only_a_warning(tmp_path, monkeypatch, caplog):
+    (tmp_path / "exiting_module.py").write_text("import sys\nsys.exit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with TaskExecutor(preload=["exiting_module"], echo_output=False) as running:
+        assert running.submit(programs.echo, 1).result(20) == 1
+    assert "cannot preload exiting_module: SystemExit: 3" in caplog.text
+
+
+def test_a_fork_of_the_program_does_not_keep_the_template(tmp_path):
+    with TaskExecutor(echo_output=False) as running:
+        running.submit(programs.echo, 1).result(20)
+        pid = os.fork()
+        if pid == 0:
+            signal.pause()
+            os._exit(0)
+        started = time.monotonic()
+        running.shutdown()
+        assert time.monotonic() - started < 2
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def test_an_executor_works_inside_a_task_and_ends_with_it(tmp_path):
+    with TaskExecutor(echo_output=False, sandbox="none", limits=Limits(abort_grace=0.3)) as outer:
+        assert outer.submit(programs.executor_inside, None).result(30) == 3
+        task = outer.submit(programs.executor_inside, str(tmp_path / "pids"))
+        wait_until((tmp_path / "pids").exists, seconds=20)
+        pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+        assert len(pids) == 3
+        task.abort()
+        task.report(20)
+        wait_until(lambda: all(gone(pid) for pid in pids), seconds=3)
+
+
+def test_an_executor_inside_a_sandboxed_task_says_that_it_cannot_work(executor):
+    report = executor.submit(programs.executor_inside, None).report(30)
+    assert report.error_type == "LauncherError"
+    assert "no task can run here" in report.message
 
 
 # --- The executor ----------------------------------------------------------------------------------------------------
@@ -636,7 +761,7 @@ def test_signals_to_the_template_are_not_its_to_decide():
         about = running.submit(programs.describe_process).result(20)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             os.kill(about["parent"], number)
-        assert os.getsid(about["parent"]) == about["parent"]
+        assert os.getsid(about["parent"]) != os.getsid(0)
         again = running.submit(programs.describe_process).result(20)
         assert again["parent"] == about["parent"]
         assert again["sigterm"]

@@ -1,0 +1,90 @@
+"""The process above the template: it runs no user code, so it can always see to it that nothing is left.
+
+It adopts whoever loses a parent below it. When the supervisor is gone or has closed the channel, and when the template
+has died, it kills all that is below it, round by round until nothing is left, and ends the way the template did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from scaleout_mp.sandbox import process
+
+if TYPE_CHECKING:
+    import socket
+
+#: Seconds between two rounds of killing: the dead have to be gone before their children show.
+_ROUND: Final = 0.001
+
+
+class Guardian:
+    """State of the guardian."""
+
+    def __init__(self, channel: socket.socket, supervisor: int) -> None:
+        """Watch over what is forked from now on. `supervisor` is the pid of the parent."""
+        self._channel = channel
+        self._supervisor = os.pidfd_open(supervisor)
+        self._wakeup, self._wakeup_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        if os.getppid() != supervisor:
+            # It ended before its descriptor was there.
+            os._exit(0)
+
+    def watch(self, template: int) -> NoReturn:
+        """Wait for the end of the supervisor or of the template, and clean up."""
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._wakeup_end, warn_on_full_buffer=False)
+        poll = select.poll()
+        # Nothing is read here: the frames are the template's.
+        poll.register(self._channel, select.POLLRDHUP)
+        # A fork of the supervisor may hold the channel open after its death.
+        poll.register(self._supervisor, select.POLLIN)
+        poll.register(self._wakeup, select.POLLIN)
+        status = None
+        while status is None:
+            ready = {descriptor for descriptor, _ in poll.poll()}
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wakeup, 4096)
+            status = _reap(template)
+            if ready - {self._wakeup}:
+                break
+        _end_everything()
+        _end_like(status)
+
+
+def _reap(template: int) -> int | None:
+    """Reap whoever has died; return the template's status when it is among them."""
+    found = None
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            if pid == template:
+                found = status
+    return found
+
+
+def _end_everything() -> None:
+    # Only children are killed: they keep their pid until they are reaped here. Their own children come up next.
+    while children := process.children():
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        select.poll().poll(_ROUND * 1000)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+
+def _end_like(status: int | None) -> NoReturn:
+    code = 0 if status is None else os.waitstatus_to_exitcode(status)
+    if code < 0:
+        # So that the supervisor hears what the template died of.
+        with contextlib.suppress(OSError, ValueError):
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
