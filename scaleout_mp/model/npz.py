@@ -10,6 +10,7 @@ import ast
 import math
 import re
 import struct
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -188,7 +189,10 @@ def _read_header(data: memoryview, label: str) -> tuple[np.dtype[Any], bool, tup
     fields = _read_common_fields(text)
     if fields is None:
         try:
-            fields = ast.literal_eval(text.decode("latin1" if start[6] < 3 else "utf-8").strip())
+            with warnings.catch_warnings():
+                # Python's remarks on the style of somebody's header.
+                warnings.simplefilter("ignore")
+                fields = ast.literal_eval(text.decode("latin1" if start[6] < 3 else "utf-8").strip())
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
             raise ModelFormatError(f"{label} has an unreadable header") from error
     if not isinstance(fields, dict) or set(fields) != _HEADER_KEYS:

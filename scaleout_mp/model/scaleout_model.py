@@ -322,7 +322,10 @@ class ScaleoutModel:
         name = self._container.metadata.get("helper_type")
         if name is None:
             raise ModelFormatError("the model does not say which helper reads its weights: pass helper=")
-        return get_helper(name)
+        try:
+            return get_helper(name)
+        except ValueError as error:
+            raise ModelFormatError(str(error)) from error
 
 
 def _detect(view: memoryview) -> str:

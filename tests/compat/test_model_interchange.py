@@ -6,11 +6,9 @@ import subprocess
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from published import NEEDS_PUBLISHED, PYTHON
+from published import RELEASES
 
 from scaleout_mp.model import ModelStore, ScaleoutModel, get_helper
-
-pytestmark = NEEDS_PUBLISHED
 
 WEIGHTS = [
     np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -33,6 +31,18 @@ model = ScaleoutModelBuilder.from_training_model(weights, get_helper("numpyhelpe
 model.save_to_file(f"{folder}/theirs.scm")
 get_helper("numpyhelper").save(weights, f"{folder}/bare.npz")
 print(json.dumps({"metadata": model.metadata, "checksum": model.checksum, "signed": model.sign(key, "node-a")}))
+"""
+
+FILES = """
+import json, sys
+from scaleoututil.utils.model import ScaleoutModel, ScaleoutModelBuilder
+
+folder = sys.argv[1]
+model = ScaleoutModel.from_file(f"{folder}/ours.scm")
+if hasattr(model, "list_files"):
+    assert model.get_file("notes.txt") == b"notes"
+    model.to_builder().set_file("more.txt", b"more").build().save_to_file(f"{folder}/theirs.scm")
+print(json.dumps(model.list_files() if hasattr(model, "list_files") else None))
 """
 
 READ = """
@@ -74,12 +84,18 @@ assert [a.tolist() for a in get_helper("numpyhelper").load(f"{folder}/our.npz")]
 """
 
 
-def published(script: str, *arguments: object) -> str:
-    result = subprocess.run(
-        [PYTHON, "-c", script, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+@pytest.fixture(params=RELEASES)
+def published(request):
+    """Run a script with a published release; gives what it printed."""
+
+    def run(script: str, *arguments: object) -> str:
+        result = subprocess.run(
+            [request.param, "-c", script, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +110,7 @@ def same(first, second) -> bool:
     )
 
 
-def test_theirs_here(tmp_path, key):
+def test_theirs_here(published, tmp_path, key):
     for index, array in enumerate(WEIGHTS):
         np.save(tmp_path / f"{index}.npy", array)
     made = json.loads(published(MAKE, tmp_path, key.private_bytes_raw().hex()))
@@ -117,8 +133,8 @@ def test_theirs_here(tmp_path, key):
         assert same(bare.get_training_model(get_helper("numpyhelper")), WEIGHTS)
 
 
-@pytest.mark.parametrize("compression", ["stored", "deflate"])
-def test_ours_there(tmp_path, key, compression):
+@pytest.mark.parametrize("compression", ["stored", "deflate", "auto"])
+def test_ours_there(published, tmp_path, key, compression):
     builder = ScaleoutModel.from_training_model(WEIGHTS, metadata={"round": 3}).to_builder()
     model = builder.set_training_model(WEIGHTS).set_inference_model(b"graph", "onnx").build(compression=compression)
     model.save_to_file(tmp_path / "ours.scm")
@@ -140,7 +156,36 @@ def test_ours_there(tmp_path, key, compression):
     model.close()
 
 
-def test_helpers(tmp_path):
+def test_attached_files(published, tmp_path):
+    builder = ScaleoutModel.from_training_model(WEIGHTS).to_builder()
+    with builder.set_file("notes.txt", b"notes").build() as model:
+        model.save_to_file(tmp_path / "ours.scm")
+    listed = json.loads(published(FILES, tmp_path))
+    if listed is None:
+        pytest.skip("1.0.7 knows no attached files")
+    assert listed == ["notes.txt"]
+    with ScaleoutModel.from_file(tmp_path / "theirs.scm") as theirs:
+        assert sorted(theirs.list_files()) == ["more.txt", "notes.txt"]
+        assert theirs.get_file("more.txt") == b"more"
+        assert same(theirs.get_training_model(), WEIGHTS)
+
+
+def test_a_new_id_there(published, tmp_path, key):
+    """A model that shares its weights with another is a whole file to everybody else."""
+    with ScaleoutModel.from_training_model(WEIGHTS) as model:
+        renamed = (
+            model.to_builder().set_inference_model(b"graph", "onnx").build().to_builder().set_model_id("m").build()
+        )
+    renamed.save_to_file(tmp_path / "ours.scm")
+    signed = renamed.sign(key)
+    read = json.loads(published(READ, tmp_path, key.private_bytes_raw().hex(), signed["signature"]))
+    assert read["checksum"] == renamed.checksum
+    assert read["verified"] is True
+    assert read["metadata"]["model_id"] == "m"
+    renamed.close()
+
+
+def test_helpers(published, tmp_path):
     get_helper("binaryhelper").save([np.arange(3.0), np.ones(2)], tmp_path / "our-binary")
     get_helper("androidhelper").save([0.5, 1.5], tmp_path / "our-android")
     get_helper("numpyhelper").save([np.arange(3), np.ones(2)], tmp_path / "our.npz")

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 import zipfile
 
 import numpy as np
@@ -145,6 +146,14 @@ def test_malformed_headers_are_refused(header):
         decode_array(npy(header, b"\0" * 4))
 
 
+def test_a_header_that_python_would_remark_on_is_refused_in_silence():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with pytest.raises(ModelFormatError):
+            decode_array(npy("{'descr': '<f4', 'fortran_order': 1or 2, 'shape': '\\d'}"))
+    assert not seen
+
+
 @relaxed
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused(data):
@@ -243,9 +252,23 @@ def test_arithmetic():
     assert values(numpyhelper.sign([np.array([-2.0, 0.0])])) == [[-1, 0]]
     assert values(numpyhelper.ones(m1, 3)) == [[3, 3], [[3]]]
     assert numpyhelper.norm(m1) == 14
-    assert values([get_helper("androidhelper").increment_average(m1[0], m2[0], 1, 4)]) == [[1.5, 3.5]]
     with pytest.raises(ValueError, match="zip"):
         numpyhelper.add(m1, m2[:1])
+
+
+def test_arithmetic_of_one_vector():
+    android = get_helper("androidhelper")
+    m1, m2 = [1.0, 4.0], np.array([3.0, 2.0])
+    assert android.increment_average(m1, m2, 1, 4).tolist() == [1.5, 3.5]
+    assert android.add(m1, m2).tolist() == [4, 6]
+    assert android.subtract(m1, m2, 2.0, 1.0).tolist() == [-1, 6]
+    assert android.multiply(m1, m2).tolist() == [3, 8]
+    assert android.divide(m1, m2).tolist() == [1 / 3, 2]
+    assert android.sqrt(m1).tolist() == [1, 2]
+    assert android.power(m1, 2).tolist() == [1, 16]
+    assert android.sign([-2.0, 0.0]).tolist() == [-1, 0]
+    assert android.ones(m1, 3).tolist() == [3, 3]
+    assert android.norm([-1.0, 4.0]) == 5
 
 
 def test_increment_average_is_the_weighted_mean():
@@ -278,7 +301,7 @@ def test_a_helper_of_ones_own():
         assert ScaleoutModel.from_stream(model.get_file_stream()).get_training_model() == "some text"
     finally:
         del _helpers["texthelper"]
-    with pytest.raises(ValueError, match="no helper is named 'texthelper'"):
+    with pytest.raises(ModelFormatError, match="no helper is named 'texthelper'"):
         ScaleoutModel.from_stream(model.get_file_stream()).get_training_model()
     with pytest.raises(TypeError, match="save and load"):
         register_helper(object())
