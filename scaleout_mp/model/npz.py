@@ -116,7 +116,7 @@ class EncodedArray:
         flags: Any = ["external_loop", "buffered"]
         size = max(1, _GATHER_AT_ONCE // self.array.itemsize)
         for piece in np.nditer(self.array, flags=flags, buffersize=size, order="C"):
-            yield piece.tobytes()
+            yield np.asarray(piece).tobytes()
 
 
 def _flat(array: Array, *, fortran: bool) -> memoryview | None:

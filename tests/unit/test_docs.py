@@ -57,3 +57,12 @@ def test_the_readme_example_without_a_network_prints_what_it_should(tmp_path):
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines() == ["0 {'count': 0.0}", "1 {'count': 1.0}", "2 {'count': 2.0}", "3"]
     assert done.stderr == ""
+
+
+def test_examples_about_models_run(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        command = [sys.executable, "-c", block]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
