@@ -1,13 +1,14 @@
-"""The peer: a pool whose child lives for one task and imports numpy. Ten tasks for each line on standard input."""
+"""The peer: a pool whose child lives for one task and imports numpy. Twenty tasks for each line on standard input."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
+import os
 import sys
 import time
 
-TASKS = 10
+TASKS = 20
 
 
 def with_numpy() -> int:
@@ -18,7 +19,8 @@ def with_numpy() -> int:
 
 def main() -> None:
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+    cores = os.cpu_count()
+    with concurrent.futures.ProcessPoolExecutor(cores, mp_context=spawn, max_tasks_per_child=1) as pool:
         pool.submit(with_numpy).result()
         print("ready", flush=True)
         for _ in sys.stdin:

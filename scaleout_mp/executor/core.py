@@ -69,9 +69,11 @@ class ExecutorCore:
         most = default_concurrency() if max_concurrent_tasks is None else max_concurrent_tasks
         if type(most) is not int or most < 1:
             raise ConfigError(f"max_concurrent_tasks must be a whole number above 0, not {max_concurrent_tasks!r}")
-        self._level = sandbox_level(sandbox)
+        level = sandbox_level(sandbox)
         self._limits = limits or Limits()
-        self._launcher = launcher or TemplateLauncher(start_method=start_method, preload=preload)
+        self._launcher = launcher or TemplateLauncher(
+            start_method=start_method, preload=preload, level=level, threads=self._limits.threads
+        )
         self._echo = echo_output
         self._relay = OutputRelay()
         self._slots = asyncio.Semaphore(most)
@@ -144,7 +146,6 @@ class ExecutorCore:
             limits=limits or self._limits,
             max_model_size=MAX_MODEL_SIZE,
             memory_groups=self._groups,
-            level=self._level,
             on_record=on_record,
             on_state=on_state,
         )

@@ -19,7 +19,7 @@ from scaleout_mp.ipc import frames, messages, values
 from scaleout_mp.ipc.channel import close_all
 from scaleout_mp.ipc.frames import Frame, Kind
 from scaleout_mp.sandbox import tree
-from scaleout_mp.sandbox.confinement import Confinement, Level
+from scaleout_mp.sandbox.confinement import Confinement
 from scaleout_mp.task import (
     AbortOrigin,
     EndReason,
@@ -80,7 +80,6 @@ class ExecutionPlan:
     max_model_size: int
     #: Where groups for tasks with a memory limit are made; None: there is no such place.
     memory_groups: MemoryGroups | None = None
-    level: Level = Level.NONE
     on_record: Callable[[Record], None] | None = None
     on_state: Callable[[TaskState], None] | None = None
 
@@ -243,7 +242,6 @@ class Execution:
         cpu_time, no_progress = limits.seconds("cpu_time"), limits.seconds("no_progress")
         return Confinement(
             tag=self._tag,
-            level=self._plan.level,
             memory_limit=limits.memory_bytes,
             handed_over=self._plan.arguments.memory_bytes,
             memory_group="" if self._group is None else self._group.procs,

@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import scaleout_mp
+from scaleout_mp.config.machine import wanted_threads
 from scaleout_mp.errors import LauncherError, ProtocolViolation
 from scaleout_mp.executor.launcher import Child, Exited, Started, StartOrder
 from scaleout_mp.ipc import frames
@@ -19,6 +20,7 @@ from scaleout_mp.ipc.channel import channel_pair, close_all
 from scaleout_mp.ipc.frames import MAX_LOADED, Frame, Kind
 from scaleout_mp.ipc.loop_channel import SupervisorChannel
 from scaleout_mp.sandbox import pools
+from scaleout_mp.sandbox.confinement import Level
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -52,7 +54,17 @@ class _Life:
 class TemplateLauncher:
     """Starts the template when it is first needed, and again after it died."""
 
-    def __init__(self, *, start_method: StartMethod = "template", preload: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        start_method: StartMethod = "template",
+        preload: Sequence[str] = (),
+        level: Level = Level.BASIC,
+        threads: int | None = None,
+    ) -> None:
+        """`threads` is the number that most tasks will want for numerical libraries; others cost a little more."""
+        self._level = level
+        self._threads = threads or wanted_threads()
         self._start_method = start_method
         self._preload = list(preload)
         self._life: _Life | None = None
@@ -136,7 +148,16 @@ class TemplateLauncher:
 
         channel = SupervisorChannel(ours, on_frame=on_frame, on_closed=on_closed)
         life = self._life = _Life(process=process, channel=channel, ready=ready, keys={}, children={})
-        channel.send(frames.encode(Kind.SETUP, self._start_method == "spawn", self._preload, _script_fields()))
+        channel.send(
+            frames.encode(
+                Kind.SETUP,
+                self._start_method == "spawn",
+                self._preload,
+                _script_fields(),
+                self._threads,
+                self._level.value,
+            )
+        )
         logger.debug("template started", extra={"action": "template_started", "template_pid": process.pid})
         return life
 

@@ -6,9 +6,12 @@ import dataclasses
 import enum
 import logging
 import resource
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
 
-from scaleout_mp.sandbox import process, seccomp, tree
+from scaleout_mp.sandbox import probe, process, seccomp, tree
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 #: What may be reserved without being touched: stacks of threads count in full, and allocators take more than they use.
 _DATA_SLACK: Final = 1 << 30
@@ -24,12 +27,45 @@ class Level(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What came of preparing a template."""
+
+    #: For `Confinement.apply`.
+    own_filter: bytes | None = None
+    #: Why a part of the level is missing on this machine.
+    problem: str | None = None
+
+
+def prepare(level: Level, protected: Sequence[int]) -> Preparation:
+    """Put on what every task of a template inherits. Called in the template, before user code is loaded there.
+
+    `protected` are pids that no task may touch. What this machine refuses is tried out first, and said.
+    """
+    if level is Level.NONE:
+        return Preparation()
+    process.forbid_new_privileges()
+    try:
+        base, own = seccomp.build_base(), seccomp.build_own(protected)
+    except OSError as error:
+        return Preparation(problem=f"tasks have no system call filter: {error.strerror}")
+
+    def put_on() -> None:
+        seccomp.install(base)
+        seccomp.install(own)
+
+    refused = probe.refusal(put_on)
+    if refused is not None:
+        return Preparation(problem=f"tasks have no system call filter: {refused}")
+    seccomp.install(base)
+    return Preparation(own_filter=own)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Confinement:
     """Made by the executor, sent to the child, applied there."""
 
     #: Mark of the task's tree, see `tree`.
     tag: int
-    level: Level = Level.NONE
     #: Bytes; 0: none.
     memory_limit: int = 0
     #: Bytes of arguments that are mapped privately, which counts as data though it is shared until it is changed.
@@ -51,24 +87,18 @@ class Confinement:
 
     def to_fields(self) -> dict[str, Any]:
         """Return what a frame carries."""
-        return {**dataclasses.asdict(self), "level": self.level.value}
+        return dataclasses.asdict(self)
 
-    @classmethod
-    def from_fields(cls, fields: dict[str, Any]) -> Self:
-        """Return what `to_fields` gave."""
-        return cls(**{**fields, "level": Level(fields["level"])})
+    def apply(self, own_filter: bytes | None) -> None:
+        """Put it on; `own_filter` is what `seccomp.build_own` returned, None where there is no filter.
 
-    def apply(self, call_filter: bytes | None) -> None:
-        """Put it on; `call_filter` is what `seccomp.build` returned, None where there is none.
-
-        Raises OSError when the kernel refuses a part that was found to work before: then no user code may run.
+        The rest of the level came with the fork, from a template that is `prepared`. Raises OSError when the kernel
+        refuses a part that was found to work before: then no user code may run.
         """
         self._apply_limits()
-        if self.level is not Level.NONE:
-            process.forbid_new_privileges()
-            # Last: it forbids what comes before.
-            if call_filter is not None:
-                seccomp.install(call_filter)
+        # Last: it forbids what comes before.
+        if own_filter is not None:
+            seccomp.install(own_filter)
 
     def _apply_limits(self) -> None:
         tree.wear_tag(self.tag)

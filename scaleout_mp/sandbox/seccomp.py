@@ -31,7 +31,11 @@ _LOAD: Final = 0x20  # BPF_LD | BPF_W | BPF_ABS
 _JUMP_EQUAL: Final = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
 _JUMP_ANY_BIT: Final = 0x45  # BPF_JMP | BPF_JSET | BPF_K
 _JUMP_AT_LEAST: Final = 0x35  # BPF_JMP | BPF_JGE | BPF_K
+_JUMP: Final = 0x05  # BPF_JMP | BPF_JA
 _RETURN: Final = 0x06  # BPF_RET | BPF_K
+
+#: Calls that are compared one by one.
+_LINEAR: Final = 3
 
 _NR_AT: Final = 0
 _ARCH_AT: Final = 4
@@ -205,11 +209,6 @@ _BY_PID: Final = {
 }
 
 
-def supported() -> bool:
-    """Whether the tables know this machine."""
-    return platform.machine() in _MACHINES
-
-
 def _instruction(code: int, operand: int, *, skip_true: int = 0, skip_false: int = 0) -> bytes:
     return struct.pack("=HBBI", code, skip_true, skip_false, operand & 0xFFFFFFFF)
 
@@ -246,9 +245,20 @@ class _Program:
 
     def __init__(self, machine: _Machine) -> None:
         self._machine = machine
-        self._code = [
+        #: What becomes of a call, by its number.
+        self._bodies: dict[int, list[bytes]] = {}
+
+    def on(self, name: str, body: Sequence[bytes]) -> None:
+        """Have a call run through `body`, which ends with a return."""
+        number = _NUMBERS[name][self._machine.column]
+        if number is not None:
+            self._bodies[number] = list(body)
+
+    def finish(self) -> bytes:
+        """Return the program: what was not denied is allowed."""
+        head = [
             _instruction(_LOAD, _ARCH_AT),
-            _instruction(_JUMP_EQUAL, machine.audit_arch, skip_true=1),
+            _instruction(_JUMP_EQUAL, self._machine.audit_arch, skip_true=1),
             # Another architecture's calls have other numbers: nothing of ours makes them.
             _instruction(_RETURN, _KILL_PROCESS),
             _instruction(_LOAD, _NR_AT),
@@ -256,32 +266,56 @@ class _Program:
             _instruction(_JUMP_AT_LEAST, _X32_BIT, skip_false=1),
             _instruction(_RETURN, _ERRNO | errno.ENOSYS),
         ]
+        return b"".join([*head, *self._search(sorted(self._bodies))])
 
-    def on(self, name: str, body: Sequence[bytes]) -> None:
-        """Have a call run through `body`, which ends with a return; other calls skip it."""
-        number = _NUMBERS[name][self._machine.column]
-        if number is not None:
-            self._code += [_instruction(_JUMP_EQUAL, number, skip_false=len(body)), *body]
+    def _search(self, numbers: list[int]) -> list[bytes]:
+        """Find a number by halving: the kernel tries the whole filter for every call there is when it is put on."""
+        if len(numbers) <= _LINEAR:
+            steps = [
+                step
+                for number in numbers
+                for body in [self._bodies[number]]
+                for step in [_instruction(_JUMP_EQUAL, number, skip_false=len(body)), *body]
+            ]
+            return [*steps, _PASS]
+        middle = len(numbers) // 2
+        below, above = self._search(numbers[:middle]), self._search(numbers[middle:])
+        # A jump reaches 255 instructions; farther goes an unconditional one.
+        return [
+            _instruction(_JUMP_AT_LEAST, numbers[middle], skip_false=1),
+            _instruction(_JUMP, len(below)),
+            *below,
+            *above,
+        ]
 
-    def finish(self) -> bytes:
-        """Return the program: what was not denied is allowed."""
-        return b"".join([*self._code, _PASS])
 
-
-def build(protected: Iterable[int]) -> bytes:
-    """Return the filter for a task. `protected` are pids that it must not touch: supervisor and template.
-
-    Raises OSError on a machine that the tables do not know.
-    """
+def _program() -> _Program:
     machine = _MACHINES.get(platform.machine())
     if machine is None:
         raise OSError(errno.ENOSYS, f"no system call table for {platform.machine()}")
-    program = _Program(machine)
+    return _Program(machine)
+
+
+def build_base() -> bytes:
+    """Return the filter that is the same for every task; the template puts it on, and tasks inherit it.
+
+    Raises OSError on a machine that the tables do not know.
+    """
+    program = _program()
     for name in DENIED:
         program.on(name, [_DENY])
     # Its flags lie in memory, which BPF cannot see. The C library falls back to clone.
     program.on("clone3", [_instruction(_RETURN, _ERRNO | errno.ENOSYS)])
     program.on("clone", [*_deny_when(0, _JUMP_ANY_BIT, _NEW_NAMESPACES), _PASS])
+    return program.finish()
+
+
+def build_own(protected: Iterable[int]) -> bytes:
+    """Return the filter that a task puts on itself, small: it costs time at each start.
+
+    `protected` are pids that it must not touch: supervisor, guardian and template. Raises OSError like `build_base`.
+    """
+    program = _program()
     # The tag of the task's tree must stay.
     program.on("setrlimit", [*_deny_new_limit(0, 1), _PASS])
     pids = [pid for process in protected for pid in (process, -process)]

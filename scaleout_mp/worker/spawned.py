@@ -36,7 +36,7 @@ class Program:
 
     script: Script
     pickled: bytes
-    call_filter: bytes | None
+    own_filter: bytes | None
 
 
 def start_interpreter(descriptors: Sequence[int], confinement: Confinement, program: Program) -> int:
@@ -83,20 +83,22 @@ def main() -> NoReturn:
         template, confinement_fields, program_fields = msgpack.unpackb(file.read())
     for descriptor in (CHANNEL_DESCRIPTOR, process.STACK_DESCRIPTOR):
         os.set_inheritable(descriptor, False)
-    confinement = Confinement.from_fields(confinement_fields)
+    confinement = Confinement(**confinement_fields)
     program = Program(**{**program_fields, "script": Script(**program_fields["script"])})
     process.reset_signals(process.changed_signals())
     faulthandler.enable(file=2)
     os.setsid()
     process.die_with_parent(template)
-    confinement.apply(program.call_filter)
+    # Before the limits: it needs descriptors for a moment.
+    streams = task.line_streams()
+    confinement.apply(program.own_filter)
     program.script.apply_search_path()
 
     def load() -> Callable[..., Any]:
         loaded: Callable[..., Any] = pickle.loads(program.pickled)
         return loaded
 
-    task.run(load, confinement, program.script)
+    task.run(load, confinement, program.script, streams)
 
 
 if __name__ == "__main__":

@@ -74,10 +74,16 @@ def forget_exit_handlers() -> None:
         atexit.register(pools._exit_function)  # noqa: SLF001
 
 
-def run(load: Callable[[], Callable[..., Any]], confinement: Confinement, script: Script) -> NoReturn:
+def run(
+    load: Callable[[], Callable[..., Any]],
+    confinement: Confinement,
+    script: Script,
+    streams: tuple[io.TextIOWrapper[Any], io.TextIOWrapper[Any]],
+) -> NoReturn:
     """Serve the one task whose frame waits in the channel; never returns.
 
-    `load` gives the callable; what it raises is reported like an error of the callable itself.
+    `load` gives the callable; what it raises is reported like an error of the callable itself. `streams` are those
+    of `line_streams`.
     """
     # With the family given, the socket module does not ask the kernel for it.
     channel = ChildChannel(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, CHANNEL_DESCRIPTOR))
@@ -85,7 +91,7 @@ def run(load: Callable[[], Callable[..., Any]], confinement: Confinement, script
     try:
         frame = _first_frame(channel)
         task_id, packed = frame.fields
-        _prepare_interpreter()
+        _prepare_interpreter(streams)
         context = ChannelContext(channel, task_id, progress_every=confinement.progress_every)
         enter(context, log_level=confinement.log_level)
         code = _run_callable(_Call(channel, context, load, script), packed, frame.descriptors)
@@ -105,19 +111,35 @@ def _first_frame(channel: ChildChannel) -> Frame:
     return frame
 
 
-def _prepare_interpreter() -> None:
+def _prepare_interpreter(streams: tuple[io.TextIOWrapper[Any], io.TextIOWrapper[Any]]) -> None:
     faulthandler.register(process.STACK_SIGNAL, file=process.STACK_DESCRIPTOR)
-    # Line by line, so that the last words before a SIGKILL are out. New ones: the old may think they write to a file.
-    sys.stdout = sys.__stdout__ = _line_stream(1)  # type: ignore[misc]
-    sys.stderr = sys.__stderr__ = _line_stream(2)  # type: ignore[misc]
+    # Line by line, so that the last words before a SIGKILL are out. The old ones may think that they write to a file.
+    sys.stdout, sys.stderr = streams
+    sys.__stdout__, sys.__stderr__ = streams  # type: ignore[misc]
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         # Python's own generator is seeded anew by fork; numpy's global one would repeat in every task.
         numpy_random.seed()
 
 
-def _line_stream(descriptor: int) -> io.TextIOWrapper[Any]:
-    return open(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+def line_streams() -> tuple[io.TextIOWrapper[Any], io.TextIOWrapper[Any]]:
+    """Return streams for standard output and standard error that write line by line, whatever lies there later.
+
+    Made over a pipe: one that was made over a file would go on to seek.
+    """
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    streams = []
+    for place in (1, 2):
+        before = fcntl.fcntl(place, fcntl.F_DUPFD_CLOEXEC, _HIGH)
+        os.dup2(writer, place)
+        stream = open(place, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        os.dup2(before, place)
+        os.close(before)
+        streams.append(stream)
+    os.close(reader)
+    os.close(writer)
+    stdout, stderr = streams
+    return stdout, stderr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,4 +250,4 @@ def _leave(code: int) -> NoReturn:
         os._exit(code)
 
 
-__all__ = ["CHANNEL_DESCRIPTOR", "arrange_descriptors", "run"]
+__all__ = ["CHANNEL_DESCRIPTOR", "arrange_descriptors", "forget_exit_handlers", "line_streams", "run"]

@@ -25,8 +25,8 @@ from scaleout_mp.errors import ChannelError
 from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.channel import ChildChannel, channel_pair, close_all
 from scaleout_mp.ipc.frames import Frame, Kind
-from scaleout_mp.sandbox import pools, probe, process, seccomp, tree
-from scaleout_mp.sandbox.confinement import Confinement
+from scaleout_mp.sandbox import pools, probe, process, tree
+from scaleout_mp.sandbox.confinement import Confinement, Level, Preparation, prepare
 from scaleout_mp.worker import task
 from scaleout_mp.worker.guardian import Guardian
 from scaleout_mp.worker.script import Script
@@ -66,11 +66,13 @@ class Template:
         self._supervisor = supervisor
         self._spawn = False
         self._script = Script()
+        #: Made here once: a task has no time to lose.
+        self._streams = task.line_streams()
         #: Set anew after the user's code was loaded, which may change some: finding them takes longer than a fork.
         self._changed_signals: list[int] = []
-        #: Denies tasks to touch this process and the supervisor, among others.
-        self._call_filter: bytes | None = None
-        self._pool_setters: list[Callable[[int], Any]] = []
+        self._preparation = Preparation()
+        self._threads = 1
+        self._pools = pools.Pools()
         self._pickles: dict[str, bytes] = {}
         self._loaded: dict[str, Callable[..., Any] | _NotLoaded] = {}
         self._spare: _Spare | None = None
@@ -126,12 +128,14 @@ class Template:
 
     # --- Loading -------------------------------------------------------------------------------------------------
 
-    def _set_up(self, spawn: bool, preload: list[str], script: dict[str, Any]) -> None:
+    def _set_up(self, spawn: bool, preload: list[str], script: dict[str, Any], threads: int, level: str) -> None:
         self._spawn = spawn
+        self._threads = threads
         self._script = Script(**script)
         self._script.apply_search_path()
         fatal = probe.refusal(lambda: tree.wear_tag(tree.new_tag()))
-        problems = self._build_filter()
+        self._preparation = prepare(Level(level), [self._supervisor, os.getppid(), self._pid])
+        problems = [] if self._preparation.problem is None else [self._preparation.problem]
         if not spawn and fatal is None:
             for module in preload:
                 try:
@@ -139,23 +143,6 @@ class Template:
                 except BaseException as error:  # noqa: BLE001 - a preload is a courtesy; the supervisor logs it
                     problems.append(f"cannot preload {module}: {type(error).__name__}: {error}")
         self._channel.send(frames.encode(Kind.READY, fatal, problems, self._check_forkable()))
-
-    def _build_filter(self) -> list[str]:
-        """Build the filter of tasks' system calls; return why there is none."""
-
-        def put_on() -> None:
-            process.forbid_new_privileges()
-            seccomp.install(program)
-
-        try:
-            program = seccomp.build([self._supervisor, os.getppid(), self._pid])
-        except OSError as error:
-            return [f"tasks have no system call filter: {error.strerror}"]
-        refused = probe.refusal(put_on)
-        if refused is not None:
-            return [f"tasks have no system call filter: {refused}"]
-        self._call_filter = program
-        return []
 
     def _load(self, key: str, pickled: bytes) -> None:
         # It was forked before this callable was there.
@@ -167,6 +154,8 @@ class Template:
             self._loaded.pop(oldest, None)
         problem = None
         if not self._spawn:
+            # A library that is loaded now must not start threads.
+            pools.name_threads(1)
             try:
                 self._loaded[key] = pickle.loads(pickled)
             except BaseException as error:  # noqa: BLE001 - user code runs while its module is imported
@@ -179,6 +168,11 @@ class Template:
         if self._spawn:
             return None
         threads = process.thread_count()
+        if threads == 1:
+            self._pools = pools.Pools()
+            self._pools.prepare(self._threads, lambda: probe.refusal(lambda: None), process.thread_count)
+            # For tasks, which inherit it.
+            pools.name_threads(self._threads)
         if threads > 1:
             # A lock that another thread holds at the fork stays locked in the child for ever.
             self._spawn, reason = True, f"it has {threads} threads after loading the user's code"
@@ -191,7 +185,6 @@ class Template:
             gc.collect()
             gc.freeze()
             self._changed_signals = process.changed_signals()
-            self._pool_setters = pools.loaded_setters()
             return None
         return reason
 
@@ -204,7 +197,7 @@ class Template:
                 pid = start_interpreter(
                     frame.descriptors,
                     _confinement(frame),
-                    Program(script=self._script, pickled=self._pickles[key], call_filter=self._call_filter),
+                    Program(script=self._script, pickled=self._pickles[key], own_filter=self._preparation.own_filter),
                 )
             else:
                 pid = self._use_spare(frame) or self._fork(lambda: frame)
@@ -234,10 +227,9 @@ class Template:
                 confinement = _confinement(frame)
                 task.arrange_descriptors(*frame.descriptors)
                 task.forget_exit_handlers()
-                confinement.apply(self._call_filter)
-                if confinement.threads > 1:
-                    pools.set_threads(self._pool_setters, confinement.threads)
-                task.run(lambda: self._take(frame.fields[1]), confinement, self._script)
+                confinement.apply(self._preparation.own_filter)
+                self._pools.apply(confinement.threads)
+                task.run(lambda: self._take(frame.fields[1]), confinement, self._script, self._streams)
         except BaseException:  # noqa: BLE001 - whatever it is, this process must not go on as a template
             with contextlib.suppress(Exception):
                 traceback.print_exc()
@@ -300,6 +292,7 @@ class Template:
 
     def _reap(self) -> None:
         ended_tags = set()
+        orphans: list[int] | None = None
         while True:
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
@@ -317,23 +310,23 @@ class Template:
                 "code": os.waitstatus_to_exitcode(status),
                 "cpu_seconds": usage.ru_utime + usage.ru_stime,
                 "max_rss": usage.ru_maxrss * 1024,
-                "strays": bool(self._orphans()),
+                "strays": bool(orphans := self._orphans()),
             }
             self._channel.send(frames.encode(Kind.EXITED, task_id, facts))
-        self._kill_strays(ended_tags)
+        self._kill_strays(self._orphans() if orphans is None else orphans, ended_tags)
 
     def _orphans(self) -> list[int]:
         """Return the children that are no task's first process."""
         spare = None if self._spare is None else self._spare.pid
         return [pid for pid in process.children() if pid not in self._tasks and pid != spare]
 
-    def _kill_strays(self, ended_tags: set[int]) -> None:
+    def _kill_strays(self, orphans: list[int], ended_tags: set[int]) -> None:
         """Kill orphans of an executor that ran inside a task which is gone: nobody else knows their tags.
 
         Those of a task that has just ended are left to the supervisor, which counts them.
         """
         known = ended_tags | {tag for _, tag in self._tasks.values()}
-        for pid in self._orphans():
+        for pid in orphans:
             if tree.is_stray(pid, known):
                 # A child keeps its pid until it is reaped here.
                 with contextlib.suppress(ProcessLookupError):
@@ -341,7 +334,7 @@ class Template:
 
 
 def _confinement(frame: Frame) -> Confinement:
-    return Confinement.from_fields(frame.fields[2])
+    return Confinement(**frame.fields[2])
 
 
 def _cuda_started() -> bool:

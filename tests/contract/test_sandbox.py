@@ -16,13 +16,14 @@ from scaleout_mp.sandbox import probe, process, seccomp
 def filter_refused():
     """Why no task can have a system call filter on this machine; None when it can."""
     try:
-        program = seccomp.build([1])
+        base, own = seccomp.build_base(), seccomp.build_own([1])
     except OSError as error:
         return error.strerror
 
     def put_on():
         process.forbid_new_privileges()
-        seccomp.install(program)
+        seccomp.install(base)
+        seccomp.install(own)
 
     return probe.refusal(put_on)
 

@@ -175,7 +175,7 @@ def test_nothing_is_left_while_the_template_imports(tmp_path):
 
 
 def test_nothing_is_left_of_a_program_that_has_forked(tmp_path):
-    forking = SCRIPT.replace("time.sleep(1000)", "import os\nprint(os.fork(), flush=True)\ntime.sleep(1000)")
+    forking = SCRIPT.replace("time.sleep(1000)", "import os\nos.write(1, b'%d\\n' % os.fork())\ntime.sleep(1000)")
     with killed_supervisor(forking, str(tmp_path), "template") as supervisor:
         fork = max(int(supervisor.stdout.readline()), int(supervisor.stdout.readline()))
         family = [int(pid) for pid in (tmp_path / "0").read_text().split()]
