@@ -230,7 +230,11 @@ class Execution:
             descriptors=lines.descriptors,
         )
         self._watches = Watches(
-            plan.limits, tag=self._tag, shared=packed.model_bytes, group=self._group, on_breach=self._on_breach
+            plan.limits,
+            tag=self._tag,
+            shared=packed.model_bytes + packed.memory_bytes,
+            group=self._group,
+            on_breach=self._on_breach,
         )
         self._child = self._launcher.start(order)
         lines.passed_on()

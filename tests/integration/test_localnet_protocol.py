@@ -187,7 +187,7 @@ def test_the_version_check(guarded):
 
 
 def test_models_go_up_and_down_whole(net, edge):
-    with ScaleoutModel.from_training_model(weights(0.5, size=1_000_000)) as big:
+    with ScaleoutModel.from_training_model(weights(0.5, size=1_000_000), compression="stored") as big:
         answer = edge.upload(big)
         assert (answer.status, answer.message) == (pb.OK, "OK")
         data, checksum = edge.download(big.model_id)
