@@ -116,45 +116,49 @@ def _numbers(values: Mapping[str, float]) -> dict[str, float]:
 class ForwardingHandler(logging.Handler):
     """Sends log records to the supervisor, which hands them to the loggers of the same name there."""
 
-    def __init__(self, context: ChannelContext, level: int) -> None:
-        super().__init__(level)
-        self._context = context
+    #: None in a process that runs no task.
+    context: ChannelContext | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send one record; a supervisor that is gone takes this process with it, so nobody misses the record."""
+        if self.context is None:
+            return
         try:
             message = self.format(record)
-            self._context.log_line(record, message)
+            self.context.log_line(record, message)
         except ChannelError:
             return
         except Exception:  # noqa: BLE001 - what a message's own __str__ raises must not end the caller
             self.handleError(record)
 
 
+# Both made once, in the template: a task has no time to lose.
+_handler: Final = ForwardingHandler()
+
+
 def enter(context: ChannelContext, *, log_level: int) -> None:
-    """Make `context` this process's task and send the standard logging module's records through it.
-
-    A process that the task forks has no channel: two writers would tear each other's frames. There the task is
-    unset, so that logging is refused instead of lost half-way.
-    """
+    """Make `context` this process's task and send the standard logging module's records through it."""
     set_current_task(context)
-
-    def leave() -> None:
-        set_current_task(None)
-        _stop_forwarding()
-        context.close()
-
-    os.register_at_fork(after_in_child=leave)
+    _handler.context = context
+    _handler.setLevel(log_level)
     root = logging.getLogger()
     if not root.handlers:
         # Where the user's own module has set up logging, its handlers say it all.
-        root.addHandler(ForwardingHandler(context, log_level))
+        root.addHandler(_handler)
     if root.level == logging.WARNING or root.level > log_level:
         root.setLevel(log_level)
 
 
-def _stop_forwarding() -> None:
-    root = logging.getLogger()
-    for handler in list(root.handlers):
-        if isinstance(handler, ForwardingHandler):
-            root.removeHandler(handler)
+def _leave_in_fork() -> None:
+    """In a process that the task forked: two writers would tear each other's frames, so it has no channel.
+
+    There the task is unset, so that logging is refused instead of lost half-way.
+    """
+    context, _handler.context = _handler.context, None
+    if context is not None:
+        set_current_task(None)
+        logging.getLogger().removeHandler(_handler)
+        context.close()
+
+
+os.register_at_fork(after_in_child=_leave_in_fork)
