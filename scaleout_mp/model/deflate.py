@@ -29,11 +29,13 @@ SAMPLE_PIECE: Final = 1 << 14
 #: What deflate must leave at most of the sample for "auto" to choose it.
 _WORTH: Final = 0.9
 
-_BLOCK: Final = 1 << 20
+#: Small enough for output buffers that the allocator keeps, large enough to lose nothing at the seams.
+_BLOCK: Final = 1 << 18
 _MOST_THREADS: Final = 4
 #: isal's first level compresses weights as well as zlib's sixth, twenty times as fast.
 _FAST_LEVEL: Final = 1
 _LEVEL: Final = 6
+_MEMORY_LEVEL: Final = 9
 #: A last block that holds nothing.
 _END: Final = b"\x03\x00"
 
@@ -43,7 +45,7 @@ _Block = bytes | memoryview
 def saves(pieces: Iterable[bytes | bytearray | memoryview]) -> bool:
     """Say whether deflate would make what these pieces stand for at least 10 % smaller."""
     sample = b"".join(pieces)
-    return len(_deflate(sample)) <= _WORTH * len(sample)
+    return sum(map(len, _deflate(sample))) <= _WORTH * len(sample)
 
 
 def sample_of(buffers: list[memoryview]) -> list[memoryview]:
@@ -61,25 +63,24 @@ def sample_of(buffers: list[memoryview]) -> list[memoryview]:
     return pieces
 
 
-def _deflate(block: _Block) -> bytes:
-    """Deflate a block so that the next one can be laid behind it: it ends at a whole byte and is not the last."""
+def _deflate(block: _Block) -> tuple[bytes, bytes]:
+    """Deflate a block, in two pieces. It ends at a whole byte and is not the last: the next can be laid behind it."""
     fast: Any = fast_zlib()
     library: Any = zlib if fast is None else fast
-    deflater = library.compressobj(_LEVEL if fast is None else _FAST_LEVEL, library.DEFLATED, -zlib.MAX_WBITS)
-    head: bytes = deflater.compress(block)
-    tail: bytes = deflater.flush(library.Z_SYNC_FLUSH)
-    return head + tail
+    level = _LEVEL if fast is None else _FAST_LEVEL
+    deflater = library.compressobj(level, library.DEFLATED, -zlib.MAX_WBITS, _MEMORY_LEVEL)
+    return deflater.compress(block), deflater.flush(library.Z_SYNC_FLUSH)
 
 
 class BlockDeflater:
-    """Deflates in blocks of 1 MiB, as many at once as there are cores (four at most), and gives them out in order."""
+    """Deflates in blocks of 256 KiB, as many at once as there are cores (four at most), and gives them out in order."""
 
-    def __init__(self, emit: Callable[[bytes], object], *, threads: int | None = None) -> None:
-        """`emit` gets the deflated bytes, in the thread that writes."""
+    def __init__(self, emit: Callable[..., object], *, threads: int | None = None) -> None:
+        """`emit` gets the deflated bytes, in one piece or several, in the thread that writes."""
         self._emit = emit
         self._threads = threads or min(_MOST_THREADS, len(os.sched_getaffinity(0)))
         self._pool: ThreadPoolExecutor | None = None
-        self._jobs: collections.deque[Future[bytes]] = collections.deque()
+        self._jobs: collections.deque[Future[tuple[bytes, bytes]]] = collections.deque()
         self._pending = bytearray()
 
     def write(self, view: memoryview) -> None:
@@ -102,7 +103,7 @@ class BlockDeflater:
         """Deflate what is left and end the stream."""
         if self._pending and not self._jobs:
             # The last of few: not worth a thread.
-            self._emit(_deflate(bytes(self._pending)))
+            self._emit(*_deflate(bytes(self._pending)))
         elif self._pending:
             self._submit_pending()
         self._emit_down_to(0)
@@ -135,8 +136,8 @@ class BlockDeflater:
                 # A task may not be allowed another thread.
                 self._threads = 1
         self._emit_down_to(0)
-        self._emit(_deflate(block))
+        self._emit(*_deflate(block))
 
     def _emit_down_to(self, count: int) -> None:
         while len(self._jobs) > count:
-            self._emit(self._jobs.popleft().result())
+            self._emit(*self._jobs.popleft().result())

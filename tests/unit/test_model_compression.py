@@ -106,7 +106,7 @@ def test_any_helper_is_compressed(library, compression, content):
 )
 def test_blocks_make_one_stream(pieces, threads):
     emitted = bytearray()
-    deflater = BlockDeflater(emitted.extend, threads=threads)
+    deflater = BlockDeflater(lambda *parts: emitted.extend(b"".join(parts)), threads=threads)
     for piece in pieces:
         changing = bytearray(piece)
         deflater.write(memoryview(changing))
