@@ -137,6 +137,10 @@ class ApiUnavailableError(TransportError):
     """The REST API did not answer, or answered that it cannot at the moment. Try again later."""
 
 
+class WrongAddressError(TransportError):
+    """What answers at this address is no Scaleout API. Check the URL."""
+
+
 class CallError(TransportError):
     """The combiner did not answer a call, or refused it."""
 

@@ -8,10 +8,13 @@ process and name.
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from scaleout_mp.client.logging_context import LoggingContext, entered_task
-from scaleout_mp.client.values import callback_name, json_value
+from scaleout_mp.client.values import MAX_JSON, callback_name, json_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,22 +91,41 @@ def _checked_update(returned: Any, who: str) -> tuple[ScaleoutModel, dict[str, A
         raise TypeError(f"{who} returned {_shape(model)} as the model; {wanted}")
     if not isinstance(metadata, dict):
         raise TypeError(f"{who} returned {_shape(metadata)} as the metadata; {wanted}")
+    given = metadata.get("training_metadata")
+    given = given.get("num_examples") if isinstance(given, Mapping) else None
     metadata = _checked_json(metadata, who, "metadata")
     training = metadata.get("training_metadata")
     count = training.get("num_examples") if isinstance(training, dict) else None
-    if isinstance(count, bool) or not isinstance(count, int | float) or not count > 0:
+    if isinstance(count, bool) or not isinstance(count, int | float) or not _above_zero(count):
         raise ValueError(
-            f'{who} returned metadata["training_metadata"]["num_examples"] = {count!r}; '
-            "it must be the number of training examples, above 0"
+            f'{who} returned metadata["training_metadata"]["num_examples"] = {repr(given)[:80]}; '
+            "it must be the number of training examples, finite and above 0"
         )
     return model, metadata
 
 
+def _above_zero(count: float) -> bool:
+    try:
+        return count > 0 and math.isfinite(count)
+    except OverflowError:
+        # A whole number beyond any float.
+        return False
+
+
 def _checked_json(value: Any, who: str, path: str) -> Any:
     try:
-        return json_value(value, path=path)
+        plain = json_value(value, path=path)
+        size = len(json.dumps(plain))
     except TypeError as error:
         raise TypeError(f"{who} returned what cannot be sent: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{who} returned what cannot be sent: {error}") from None
+    if size > MAX_JSON:
+        raise ValueError(
+            f"{who} returned {path} of {size} bytes of JSON; at most {MAX_JSON} are sent: "
+            "put what is large into the model, or keep it on this machine"
+        )
+    return plain
 
 
 def _shape(value: Any) -> str:

@@ -7,7 +7,7 @@ import importlib
 import logging
 import operator
 import threading
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from scaleout_mp.client.logging_context import LoggingContext, task_logging_context
 from scaleout_mp.client.values import attribute_values, metric_values
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from scaleout_mp.model import ScaleoutModel
 
 logger = logging.getLogger(__name__)
+
+C = TypeVar("C")
 
 CUSTOM_PREFIX = "Custom_"
 
@@ -61,8 +63,8 @@ class EdgeClient:
         self.client_id: str | None = None
         #: Folder of the compute package.
         self.package_path: str = "."
-        self.train_callback = train_callback
-        self.validate_callback = validate_callback
+        self.train_callback = _checked(train_callback, "train_callback")
+        self.validate_callback = _checked(validate_callback, "validate_callback")
         self.inference_callback: Callable[[ScaleoutModel, dict[str, Any]], Any] | None = None
         self.stage_model_callback: Callable[[ScaleoutModel], None] | None = None
         #: Custom callbacks by task type, "Custom_<name>".
@@ -84,23 +86,27 @@ class EdgeClient:
         callback: Callable[[ScaleoutModel, dict[str, Any]], tuple[ScaleoutModel | None, dict[str, Any]]] | None,
     ) -> None:
         """Set the callback for model updates: `train(model, client_settings) -> (model, metadata)`."""
-        self.train_callback = callback
+        self.train_callback = _checked(callback, "the train callback")
 
     def set_validate_callback(self, callback: Callable[[ScaleoutModel], dict[str, Any]] | None) -> None:
         """Set the callback for validations: `validate(model) -> metrics`."""
-        self.validate_callback = callback
+        self.validate_callback = _checked(callback, "the validate callback")
 
     def set_inference_callback(self, callback: Callable[[ScaleoutModel, dict[str, Any]], Any] | None) -> None:
         """Set the callback for inference: `infer(model, parameters)`."""
-        self.inference_callback = callback
+        self.inference_callback = _checked(callback, "the inference callback")
 
     def set_stage_model_callback(self, callback: Callable[[ScaleoutModel], None] | None) -> None:
         """Set the callback that is called once a model is staged for inference."""
-        self.stage_model_callback = callback
+        self.stage_model_callback = _checked(callback, "the stage-model callback")
 
     def set_custom_callback(self, callback_name: str, callback: Callable[[dict[str, Any]], Any]) -> None:
         """Set the callback for tasks of type "Custom_<callback_name>"; it gets the task's `parameters`."""
-        self.registered_callbacks[_custom_type(callback_name)] = callback
+        if callback is None:
+            raise TypeError(f"the custom callback {callback_name!r} is None; remove_custom_callback removes one")
+        self.registered_callbacks[_custom_type(callback_name)] = _checked(
+            callback, f"custom callback {callback_name!r}"
+        )
 
     def remove_custom_callback(self, callback_name: str) -> None:
         """Remove a custom callback; one that is not there is said in the log."""
@@ -150,8 +156,9 @@ class EdgeClient:
         """Log metrics of one step; return whether they were taken.
 
         `step` moves the context to that step; without it the context's step is used. `commit` moves the
-        context one step on. Raises TypeError that names the key of a value that is not a number, and
-        StoppedException when the task was aborted and `check_task_abort` is true.
+        context one step on. Raises TypeError that names the key of a value that is not a number, ValueError
+        on too many or too long keys, and StoppedException when the task was aborted and `check_task_abort` is
+        true.
         """
         values = metric_values(metrics)
         context = context or self.current_logging_context
@@ -184,7 +191,10 @@ class EdgeClient:
         )
 
     def log_attributes(self, attributes: Mapping[str, Any], check_task_abort: bool = True) -> bool:
-        """Log attributes of this client, as strings; return whether they were taken."""
+        """Log attributes of this client, as strings; return whether they were taken.
+
+        Raises ValueError that names the key of what is too long, or on too many.
+        """
         values = attribute_values(attributes)
         task = current_task()
         if task is not None:
@@ -272,6 +282,12 @@ class EdgeClient:
     def get_access_token(self) -> str | None:
         """Return the access token that is in use, refreshed where needed; None without one."""
         return self._runtime.get_access_token()
+
+
+def _checked(callback: C, what: str) -> C:
+    if callback is not None and not callable(callback):
+        raise TypeError(f"{what} must be a function or another callable, not {type(callback).__name__}")
+    return callback
 
 
 def _custom_type(name: str) -> str:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
+from scaleout_mp.ipc.messages import MAX_KEYS, MAX_NAME, MAX_VALUE
+
+logger = logging.getLogger(__name__)
+
+#: Bytes of JSON that a callback may return: servers take messages of 4 MiB, and several ends ride in one report.
+MAX_JSON: Final = 1 << 20
 #: Deeper than any sensible result; a structure that contains itself is caught by it.
 _MAX_DEPTH = 64
 
@@ -12,11 +20,24 @@ _MAX_DEPTH = 64
 def metric_values(values: Mapping[Any, Any], *, what: str = "metric") -> dict[str, float]:
     """Return the values as floats; numpy scalars and one-element tensors are understood.
 
-    Raises TypeError that names the key whose value is not a number.
+    Raises TypeError that names the key whose value is not a number, ValueError on too many or too long keys.
     """
     if not isinstance(values, Mapping):
         raise TypeError(f"{what}s must be a dict of numbers, not {type(values).__name__}")
-    return {str(key): _number(key, value, what) for key, value in values.items()}
+    _require_few(values, what)
+    return {_name(key, what): _number(key, value, what) for key, value in values.items()}
+
+
+def _require_few(values: Mapping[Any, Any], what: str) -> None:
+    if len(values) > MAX_KEYS:
+        raise ValueError(f"{len(values)} {what}s are too many for one call: at most {MAX_KEYS}")
+
+
+def _name(key: Any, what: str) -> str:
+    name = str(key)
+    if len(name) > MAX_NAME:
+        raise ValueError(f"the key of {what} {name[:40]!r}... has {len(name)} characters; at most {MAX_NAME} pass")
+    return name
 
 
 def _number(key: Any, value: Any, what: str) -> float:
@@ -30,30 +51,51 @@ def _number(key: Any, value: Any, what: str) -> float:
 
 
 def attribute_values(attributes: Mapping[Any, Any]) -> dict[str, str]:
-    """Return the attributes as strings. Raises TypeError when they are not a mapping."""
+    """Return the attributes as strings.
+
+    Raises TypeError when they are not a mapping, ValueError that names the key of what is too long.
+    """
     if not isinstance(attributes, Mapping):
         raise TypeError(f"attributes must be a dict, not {type(attributes).__name__}")
-    return {str(key): value if isinstance(value, str) else str(value) for key, value in attributes.items()}
+    _require_few(attributes, "attribute")
+    values = {
+        _name(key, "attribute"): value if isinstance(value, str) else str(value) for key, value in attributes.items()
+    }
+    for key, text in values.items():
+        if len(text) > MAX_VALUE:
+            raise ValueError(f"attribute {key!r} has {len(text)} characters; at most {MAX_VALUE} pass")
+    return values
 
 
-def json_value(value: Any, *, path: str, _depth: int = 0) -> Any:
+def json_value(value: Any, *, path: str) -> Any:
     """Return `value` with numpy scalars turned into Python's own, checked to be JSON-serialisable.
 
-    Raises TypeError that names the place, starting from `path`, of what JSON cannot carry.
+    NaN and infinities, which JSON does not have, become null, with one warning that names the first: a figure that
+    ran away must not cost the training. Raises TypeError that names the place, starting from `path`, of what JSON
+    cannot carry.
     """
-    if _depth > _MAX_DEPTH:
+    lost: list[str] = []
+    plain = _json_value(value, path, 0, lost)
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        logger.warning("%s%s: not a finite number, sent as null", lost[0], more, extra={"action": "not_finite"})
+    return plain
+
+
+def _json_value(value: Any, path: str, depth: int, lost: list[str]) -> Any:
+    if depth > _MAX_DEPTH:
         raise TypeError(f"{path[:80]}... is nested more than {_MAX_DEPTH} deep, or contains itself")
-    if value is None or type(value) in (bool, int, float, str):
-        return value
     if isinstance(value, Mapping):
         return {
-            _json_key(key, path): json_value(item, path=f"{path}[{key!r}]", _depth=_depth + 1)
-            for key, item in value.items()
+            _json_key(key, path): _json_value(item, f"{path}[{key!r}]", depth + 1, lost) for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [json_value(item, path=f"{path}[{at}]", _depth=_depth + 1) for at, item in enumerate(value)]
-    plain = _plain_scalar(value)
-    if plain is not None:
+        return [_json_value(item, f"{path}[{at}]", depth + 1, lost) for at, item in enumerate(value)]
+    plain = value if value is None or type(value) in (bool, int, float, str) else _plain_scalar(value)
+    if isinstance(plain, float) and not math.isfinite(plain):
+        lost.append(path)
+        return None
+    if plain is not None or value is None:
         return plain
     hint = "; call .tolist() on it" if hasattr(value, "tolist") else ""
     raise TypeError(f"{path} is of type {type(value).__name__}, which JSON cannot carry{hint}")

@@ -78,6 +78,8 @@ class ClientRecord:
 
     name: str
     connected: bool = False
+    #: Whether it was connected and went.
+    gone: bool = False
     updates: int = 0
     metrics: int = 0
     #: Its own validation of the last model that it was asked about.
@@ -135,10 +137,12 @@ class Ledger:
     def _take_client_event(self, event: ClientEvent) -> Line | None:
         match event:
             case ClientConnected():
-                self.client(event.client_id).connected = True
+                record = self.client(event.client_id)
+                record.connected, record.gone = True, False
                 return Line(text=f"{event.name} connected")
             case ClientDisconnected():
-                self.client(event.client_id).connected = False
+                record = self.client(event.client_id)
+                record.connected, record.gone = False, True
                 return Line(text=f"{event.name} {'was lost' if event.lost else 'said goodbye'}")
             case UpdateRejected():
                 return Line(text=f"update from {event.client_id} left out: {event.reason}", tone=Tone.BAD)

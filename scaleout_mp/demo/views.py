@@ -185,7 +185,7 @@ def _stack(cells: Sequence[Text]) -> Text:
 
 
 def _idle(record: ClientRecord) -> Text:
-    return Text("waiting" if record.connected else "connecting", style="dim")
+    return Text("waiting" if record.connected else "gone" if record.gone else "connecting", style="dim")
 
 
 def _task_name(task: TaskView) -> Text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import socket
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
@@ -41,6 +42,19 @@ _OPTIONS: Final = (
 
 #: Seconds that calls in flight have when the server stops.
 _STOP_GRACE: Final = 0.5
+
+
+def _why_not(host: str, port: int) -> str:
+    """Return why an address cannot be listened on: the operating system says it, gRPC does not."""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+                probe.listen()
+    except OSError as error:
+        return error.strerror or str(error)
+    return "gRPC refuses it"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +106,7 @@ class Combiner:
         try:
             self.port = server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
-            raise LocalNetworkError(f"cannot serve the combiner on {host}:{port}; is the port in use?") from error
+            raise LocalNetworkError(f"cannot serve the combiner on {host}:{port}: {_why_not(host, port)}") from error
         await server.start()
         self._server = server
 

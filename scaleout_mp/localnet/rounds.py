@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 import uuid
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 
     from scaleout_mp.localnet.parts import NetworkParts
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -134,7 +137,11 @@ class Round:
         used = [update for update in self._updates if not update.rejected]
         if len(used) < self._plan.min_updates:
             return None
-        model = await asyncio.to_thread(average.result)
+        try:
+            model = await asyncio.to_thread(average.result)
+        except ModelError as error:
+            logger.error("round %d: %s", self._number, error, extra={"action": "average_refused"})  # noqa: TRY400
+            return None
         return await asyncio.to_thread(self._parts.models.put, model)
 
     def _start_average(self) -> FedAvg:
@@ -148,8 +155,8 @@ class Round:
         try:
             examples = num_examples(update.meta)
             await asyncio.to_thread(average.add, path, examples)
-        except (ModelError, ValueError, OSError) as error:
-            rejected, examples = str(error), 0.0
+        except (ModelError, ValueError, TypeError, ArithmeticError, OSError) as error:
+            rejected, examples = str(error) or type(error).__name__, 0.0
             self._reject(task, rejected)
         finally:
             if not self._plan.keep_updates:

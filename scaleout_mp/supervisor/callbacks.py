@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from scaleout_mp.client.calls import CustomCall, TrainCall, ValidateCall
@@ -35,16 +36,20 @@ class CallbackTable:
 
     def prepare_all(self) -> None:
         """Make all callbacks ready. Raises CallbackNotSendable that names the one that cannot be sent."""
-        for task_type, _ in self._registered():
-            self.prepared(task_type)
+        for task_type, callback in self._registered():
+            self._ready[task_type] = callback, self._prepare(_call_for(task_type)(callback))
 
-    def prepared(self, task_type: str) -> PreparedCallable:
-        """Return what runs a task of this type. Raises ConfigError when nothing does."""
+    async def prepared(self, task_type: str) -> PreparedCallable:
+        """Return what runs a task of this type.
+
+        Raises ConfigError when nothing does, CallbackNotSendable when what replaced a callback cannot be sent.
+        """
         callback = self._callback(task_type)
         known = self._ready.get(task_type)
         if known is not None and known[0] is callback:
             return known[1]
-        ready = self._prepare(_call_for(task_type)(callback))
+        # On a thread: a closure may hold gigabytes, and polls must not wait for them.
+        ready = await asyncio.to_thread(self._prepare, _call_for(task_type)(callback))
         self._ready[task_type] = callback, ready
         return ready
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -29,13 +30,14 @@ class ModelUpdateJob(Job):
 
     async def _perform(self) -> None:
         # A client that cannot train must not load the link with a model first.
-        self._resources.callbacks.prepared(self.request.type)
+        await self._phase(self._resources.callbacks.prepared(self.request.type))
         settings = messages.task_data(self.request, "client_settings")
         seconds = _Stopwatch()
         with await self._download() as model:
             fetched = seconds.lap()
             self._say(f"Training on model {self.request.model_id} started.", pb.LogLevel.INFO)
             trained, meta = _update(await self._execute(model, settings))
+            json_text(meta, "metadata")
             processed = seconds.lap()
         update_id = str(uuid.uuid4())
         with await self._renamed(trained, update_id) as renamed:
@@ -70,21 +72,18 @@ class ModelUpdateJob(Job):
             model_update_id=update_id,
             correlation_id=self.correlation_id,
             timestamp=messages.now(),
-            meta=json_text(meta, "metadata"),
+            meta=json.dumps(meta),
             round_id=self.request.round_id,
             session_id=self.request.session_id,
         )
-        self._require_not_aborted()
-        self.phase = Phase.REPORTING
-        # From here on it counts: an update that may have arrived is not reported as interrupted.
-        await self._resources.outbox.put(MessageKind.UPDATE, update, task_id=self.correlation_id).delivered()
+        await self._hand_over(MessageKind.UPDATE, update)
 
 
 class ValidationJob(Job):
     """Measure a model and send the figures."""
 
     async def _perform(self) -> None:
-        self._resources.callbacks.prepared(self.request.type)
+        await self._phase(self._resources.callbacks.prepared(self.request.type))
         self._say(f"Validation of model {self.request.model_id} started.", pb.LogLevel.INFO)
         with await self._download() as model:
             metrics = await self._execute(model)
@@ -98,10 +97,7 @@ class ValidationJob(Job):
             timestamp=messages.now(),
             session_id=self.request.session_id,
         )
-        self._require_not_aborted()
-        self.phase = Phase.REPORTING
-        outbox = self._resources.outbox
-        await outbox.put(MessageKind.VALIDATION, validation, task_id=self.correlation_id).delivered()
+        await self._hand_over(MessageKind.VALIDATION, validation)
         self._say("Model validation completed.", pb.LogLevel.AUDIT)
 
 
@@ -109,7 +105,7 @@ class CustomJob(Job):
     """Run a custom callback; what it returns is the report's response."""
 
     async def _perform(self) -> Any:
-        self._resources.callbacks.prepared(self.request.type)
+        await self._phase(self._resources.callbacks.prepared(self.request.type))
         parameters = messages.task_data(self.request, "parameters")
         result = await self._execute(parameters)
         json_text(result, "a result")

@@ -8,9 +8,10 @@ import dataclasses
 import enum
 import json
 import logging
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from scaleout_mp.client.calls import RequestInfo
+from scaleout_mp.client.values import MAX_JSON
 from scaleout_mp.errors import ScaleoutError
 from scaleout_mp.supervisor import messages
 from scaleout_mp.supervisor.taskbook import TaskStatus
@@ -19,14 +20,16 @@ from scaleout_mp.transport.outbox import MessageKind
 from scaleout_mp.wire import edge_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
+
+    from google.protobuf.message import Message
 
     from scaleout_mp.config import Settings
     from scaleout_mp.executor import Execution, ExecutorCore
     from scaleout_mp.model import ScaleoutModel
     from scaleout_mp.supervisor.callbacks import CallbackTable
     from scaleout_mp.task import ExitReport, Record
-    from scaleout_mp.transport.outbox import Outbox
+    from scaleout_mp.transport.outbox import Outbox, Ticket
     from scaleout_mp.transport.transfer import ModelTransfer
 
 logger = logging.getLogger(__name__)
@@ -36,6 +39,12 @@ T = TypeVar("T")
 _INTERRUPTIONS = frozenset(
     {EndReason.INTERRUPTED_BY_SERVER, EndReason.TIMED_OUT_BY_SERVER, EndReason.INTERRUPTED_BY_CLIENT}
 )
+
+
+_BY_SERVER = frozenset({AbortOrigin.SERVER, AbortOrigin.SERVER_TIMEOUT})
+
+#: Seconds without a message delivered after which an aborted task's records are given up.
+_STUCK: Final = 10.0
 
 
 class Phase(enum.StrEnum):
@@ -108,6 +117,12 @@ class Job(abc.ABC):
         self.execution: Execution | None = None
         self._resources = resources
         self._on_start = on_start
+        self._has_slot = False
+        #: The result on its way, and how it all ended, once that is so.
+        self._result: Ticket | None = None
+        self._ended: Ending | None = None
+        #: Records that found the outbox full.
+        self._dropped = 0
         self._aborted: asyncio.Future[_Abort] = asyncio.get_running_loop().create_future()
 
     @property
@@ -132,22 +147,50 @@ class Job(abc.ABC):
 
     async def run(self) -> Ending:
         """Do the job, and return once all that it logged has reached the server."""
-        ending = await self._ending()
+        ending = self._ended = self._with_drops(await self._ending())
         self.phase = Phase.REPORTING
         if ending.line is not None:
             level = pb.LogLevel.ERROR if ending.status is TaskStatus.FAILED else pb.LogLevel.WARNING
             self._say(ending.line, level)
-        await self._resources.outbox.flush(self.correlation_id)
+        await self._until_sent(self._resources.outbox.flush(self.correlation_id))
         return ending
+
+    def ending_if_cut_off(self, reason: str) -> Ending | None:
+        """Return how the job ended, when `run` was cancelled; None when nobody can know.
+
+        The result may have arrived although no answer did: to report the task as interrupted could be a lie.
+        """
+        if self._ended is not None:
+            return self._ended
+        if self._result is not None:
+            if self._result.arrived:
+                return Ending(status=TaskStatus.COMPLETED)
+            if self._result.tried and not self._result.refused:
+                return None
+        return self._interrupted(reason)
+
+    def _with_drops(self, ending: Ending) -> Ending:
+        """Say how much of what the task logged found the outbox full."""
+        if not self._dropped:
+            return ending
+        told = f"{self._dropped} records of task {self.request.type} were dropped: too many waited for the combiner"
+        logger.warning("%s", told, extra={"action": "records_dropped", "task_id": self.correlation_id})
+        self._say(told, pb.LogLevel.WARNING)
+        if ending.status is TaskStatus.COMPLETED and ending.response:
+            # What a custom callback returned is the user's.
+            return ending
+        response = json.loads(ending.response or "{}") | {"dropped_records": self._dropped}
+        return dataclasses.replace(ending, response=json.dumps(response))
 
     async def _ending(self) -> Ending:
         try:
             await self._phase(self._resources.slots.acquire())
+            self._has_slot = True
             try:
                 self._on_start()
                 return Ending(status=TaskStatus.COMPLETED, response=messages.as_json(await self._perform()))
             finally:
-                self._resources.slots.release()
+                self._leave_slot()
         except _InterruptedError:
             return self._interrupted(self._aborted.result().reason)
         except _TaskEndedError as ended:
@@ -186,6 +229,39 @@ class Job(abc.ABC):
             raise _InterruptedError
         return task.result()
 
+    def _leave_slot(self) -> None:
+        """Let the next task begin. Further calls change nothing."""
+        if self._has_slot:
+            self._has_slot = False
+            self._resources.slots.release()
+
+    async def _hand_over(self, kind: MessageKind, message: Message) -> None:
+        """Send the job's result and wait until the combiner has it. Raises the TransportError of a refusal."""
+        self._require_not_aborted()
+        self.phase = Phase.REPORTING
+        # Waiting for the link is no work: it must not keep other tasks from theirs.
+        self._leave_slot()
+        # From here on it counts: a result that may have arrived is not reported as interrupted.
+        self._result = self._resources.outbox.put(kind, message, task_id=self.correlation_id)
+        await self._until_sent(self._result.delivered())
+
+    async def _until_sent(self, sent: Coroutine[Any, Any, T]) -> T:
+        """Wait for `sent`; once the server wants the task gone, records that do not move are given up."""
+        outbox = self._resources.outbox
+        waiter = asyncio.ensure_future(sent)
+        try:
+            either: list[asyncio.Future[Any]] = [waiter, self._aborted]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            while not waiter.done():
+                before = outbox.waiting(self.correlation_id)
+                await asyncio.wait([waiter], timeout=_STUCK)
+                stuck = outbox.waiting(self.correlation_id) == before and not outbox.link_down
+                if stuck and not waiter.done() and self._aborted.result().origin in _BY_SERVER:
+                    outbox.give_up_records(self.correlation_id)
+            return waiter.result()
+        finally:
+            waiter.cancel()
+
     def _require_not_aborted(self) -> None:
         if self._aborted.done():
             raise _InterruptedError
@@ -201,8 +277,10 @@ class Job(abc.ABC):
         self._require_not_aborted()
         self.phase = Phase.RUNNING
         callbacks = self._resources.callbacks
+        call = await self._phase(callbacks.prepared(self.request.type))
+        self._require_not_aborted()
         self.execution = self._resources.core.submit(
-            callbacks.prepared(self.request.type),
+            call,
             *args,
             self._request_info(),
             task_id=self.correlation_id,
@@ -233,7 +311,8 @@ class Job(abc.ABC):
             self.last_metric = record
         message = messages.record_message(self._resources.client_id, record, task=self.request)
         if message is not None:
-            self._resources.outbox.put(*message, task_id=self.correlation_id)
+            ticket = self._resources.outbox.put(*message, task_id=self.correlation_id)
+            self._dropped += ticket.refused
 
     def _say(self, text: str, level: pb.LogLevel) -> None:
         """Send a status message, behind all that the task has sent so far."""
@@ -270,8 +349,15 @@ class Job(abc.ABC):
 
 
 def json_text(value: Any, what: str) -> str:
-    """Return a value that a child sent as JSON. Raises JobFailedError when it is not JSON-serialisable."""
+    """Return a value that a child sent as JSON.
+
+    The child has checked it already; but it is not to be trusted. Raises JobFailedError when the value is too long or
+    is not JSON-serialisable.
+    """
     try:
-        return json.dumps(value)
-    except (TypeError, ValueError) as error:
+        text = json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
         raise JobFailedError(f"the task sent {what} that JSON cannot carry: {error}") from error
+    if len(text) > MAX_JSON:
+        raise JobFailedError(f"the task sent {what} of {len(text)} bytes of JSON; at most {MAX_JSON} are sent")
+    return text

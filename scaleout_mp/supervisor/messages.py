@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 #: Lines of a traceback, and characters of each output stream, that go to the server.
 _TRACEBACK_LINES: Final = 20
 _OUTPUT_TAIL: Final = 2_000
+#: Characters of any other text that goes to the server; a report must not outgrow what servers take.
+_MAX_TEXT: Final = 16_000
+_MAX_LINE: Final = 2_000
 
 
 class TaskType(enum.StrEnum):
@@ -54,7 +57,7 @@ def now() -> dt.datetime:
 
 def status(client_id: str, text: str, *, level: pb.LogLevel, type_: str) -> pb.Status:
     """Return a status message."""
-    return pb.Status(client_id=client_id, status=text, log_level=level, timestamp=now(), type=type_)
+    return pb.Status(client_id=client_id, status=text[:_MAX_TEXT], log_level=level, timestamp=now(), type=type_)
 
 
 def record_message(
@@ -62,7 +65,7 @@ def record_message(
 ) -> tuple[MessageKind, Message] | None:
     """Return kind and message for what a task logged; None for what does not go to the server.
 
-    Ids that the record does not name come from the task's request.
+    The ids of a metric that was logged without a context come from the task's request.
     """
     if isinstance(record, MetricRecord):
         return MessageKind.METRIC, metric(client_id, record, task)
@@ -95,10 +98,9 @@ def metric(client_id: str, record: MetricRecord, task: pb.TaskRequest | None) ->
 
 
 def _id(field: str, context: RecordContext | None, task: pb.TaskRequest | None) -> str:
-    own = None if context is None else getattr(context, field)
-    if own is not None:
-        return str(own)
-    return "" if task is None else str(getattr(task, field))
+    # A context of the user's own is whole: what it leaves out is left out, as the published client does.
+    source = task if context is None else context
+    return str(getattr(source, field, None) or "")
 
 
 def task_data(request: pb.TaskRequest, field: str) -> dict[str, Any]:
@@ -127,12 +129,13 @@ def compact_report(report: ExitReport) -> dict[str, Any]:
         fields["traceback"] = "\n".join(report.traceback.rstrip().splitlines()[-_TRACEBACK_LINES:])
     for stream in ("stdout_tail", "stderr_tail"):
         fields[stream] = fields[stream][-_OUTPUT_TAIL:]
-    return {key: value for key, value in fields.items() if value not in (None, "", [])}
+    cut = {key: value[-_MAX_TEXT:] if isinstance(value, str) else value for key, value in fields.items()}
+    return {key: value for key, value in cut.items() if value not in (None, "", [])}
 
 
 def failure_response(error: str, *, reason: str, report: ExitReport | None = None) -> dict[str, Any]:
     """Return the `response` of a FAILED report."""
-    response: dict[str, Any] = {"error": " ".join(error.split()), "reason": reason}
+    response: dict[str, Any] = {"error": " ".join(error.split())[:_MAX_LINE], "reason": reason}
     if report is not None:
         response["report"] = compact_report(report)
     return response

@@ -43,13 +43,35 @@ class Poller:
         self._client_id = client_id
         self._interval = interval
         self._on_request = on_request
+        self._under_way: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Poll every interval, for ever."""
         await keep_calling("polling", self._interval, self.poll, self._calls)
 
     async def poll(self) -> None:
-        """Send one report and take the directive. Raises TransportError."""
+        """Send one report and take the directive. Raises TransportError.
+
+        Who is cancelled meanwhile does not cancel the call: the server has given out the tasks in its answer.
+        """
+        await self.settle()
+        self._under_way = asyncio.create_task(self._poll(), name="poll")
+        # What it raises when nobody waits any more is nobody's.
+        self._under_way.add_done_callback(lambda task: task.cancelled() or task.exception())
+        await asyncio.shield(self._under_way)
+
+    async def settle(self) -> None:
+        """Wait until no poll is under way."""
+        if self._under_way is not None:
+            await asyncio.wait([self._under_way])
+
+    async def aclose(self) -> None:
+        """Give up the poll that is under way."""
+        if self._under_way is not None:
+            self._under_way.cancel()
+            await self.settle()
+
+    async def _poll(self) -> None:
         reports = self._book.reports(self._client_id)
         report = pb.ClientReport(client_id=self._client_id, reports=reports)
         directive = await self._calls.poll(report, within=max(_POLL_TIMEOUT, self._interval))
@@ -58,7 +80,8 @@ class Poller:
             self._on_request(request)
 
     async def report_ends(self) -> None:
-        """Poll until the server has heard of every end. Runs until cancelled while it does not answer."""
+        """Poll until the server has heard of every end so far. Runs until cancelled while it does not answer."""
+        await self.settle()
         while self._book.unreported:
             await self._calls.retried("the final report", self.poll, attempts=None)
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from scaleout_mp.errors import TransportError
 from scaleout_mp.executor import ExecutorCore
-from scaleout_mp.supervisor import messages, vitals
+from scaleout_mp.supervisor import vitals
 from scaleout_mp.supervisor.callbacks import CallbackTable
 from scaleout_mp.supervisor.job_kinds import make_job
-from scaleout_mp.supervisor.jobs import Job, JobResources
+from scaleout_mp.supervisor.jobs import Job, JobResources, Phase
 from scaleout_mp.supervisor.polling import Poller, follow_task_stream
 from scaleout_mp.supervisor.shutdown import SECOND_CTRL_C, SignalReader, StopAction, signals_to
 from scaleout_mp.supervisor.snapshot import ClientSnapshot, task_snapshot
@@ -22,7 +22,6 @@ from scaleout_mp.supervisor.taskbook import (
     ABORTED_BY_SERVER,
     TIMED_OUT_BY_SERVER,
     TaskBook,
-    TaskStatus,
     Verdict,
 )
 from scaleout_mp.task import AbortOrigin
@@ -48,6 +47,12 @@ _ABORT_MARGIN: Final = 2.0
 #: Seconds for the final report, what waits in the outbox and the goodbye together. Who sends SIGTERM sends SIGKILL
 #: soon after: ten seconds is common.
 _LAST_WORDS: Final = 5.0
+#: Of these, what is kept for sending results without the records before them, and then for the goodbye alone.
+_RESULTS_ONLY: Final = 1.5
+_GOODBYE: Final = 1.0
+
+#: Seconds between two looks at what the jobs are at, while the client ends.
+_LOOK_AGAIN: Final = 0.05
 
 ENDING: Final = "Aborted by client: the client is shutting down"
 ABORTED_BY_CLIENT: Final = "Aborted by client"
@@ -86,6 +91,7 @@ class ClientService:
             echo_output=plan.echo_output,
         )
         self._outbox = Outbox(calls)
+        self._book = TaskBook()
         self._resources = JobResources(
             client_id=plan.client_id,
             settings=plan.settings,
@@ -96,8 +102,14 @@ class ClientService:
             slots=asyncio.Semaphore(plan.max_concurrent_tasks),
         )
         self._announced = False
+        self._poller = Poller(
+            calls,
+            self._book,
+            client_id=plan.client_id,
+            interval=plan.settings.polling_interval,
+            on_request=self._on_request,
+        )
         self._signals = SignalReader()
-        self._book = TaskBook()
         self._jobs: dict[str, tuple[Job, asyncio.Task[None]]] = {}
         self._end: asyncio.Future[None] = self._loop.create_future()
         self._end_now: asyncio.Future[None] = self._loop.create_future()
@@ -149,18 +161,9 @@ class ClientService:
             "client %s is connected and waits for tasks; Ctrl-C ends it", plan.name, extra={"action": "connected"}
         )
         if plan.with_polling:
-            await self._poller().run()
+            await self._poller.run()
         else:
             await follow_task_stream(self._calls, client_id=plan.client_id, on_request=self._on_request)
-
-    def _poller(self) -> Poller:
-        return Poller(
-            self._calls,
-            self._book,
-            client_id=self._plan.client_id,
-            interval=self._plan.settings.polling_interval,
-            on_request=self._on_request,
-        )
 
     # Tasks
 
@@ -195,8 +198,10 @@ class ClientService:
             ending = await job.run()
             self._book.finish(job.correlation_id, ending.status, ending.response)
         except asyncio.CancelledError:
-            # The client ends before what the task logged could be sent; its end may still be reported.
-            self._book.finish(job.correlation_id, TaskStatus.INTERRUPTED, messages.as_json({"msg": ENDING}))
+            # The client ends before all that the task sent has arrived; its end may still be reported.
+            ended = job.ending_if_cut_off(ENDING)
+            if ended is not None:
+                self._book.finish(job.correlation_id, ended.status, ended.response)
             raise
         finally:
             del self._jobs[job.correlation_id]
@@ -264,10 +269,17 @@ class ClientService:
         """Abort what runs, tell the server how all ended, say goodbye; neither takes longer than it may."""
         logger.info("the client is shutting down", extra={"action": "shutting_down"})
         self._abort_all(ENDING)
-        await self._finish_jobs(self._plan.limits.abort_grace_seconds + _ABORT_MARGIN)
+        await self._until_reporting(self._plan.limits.abort_grace_seconds + _ABORT_MARGIN)
+        deadline = self._loop.time() + _LAST_WORDS
         try:
-            async with asyncio.timeout(_LAST_WORDS):
-                await self._say_last_words()
+            if not await self._said_all(deadline - _GOODBYE - _RESULTS_ONLY):
+                self._outbox.give_up_records()
+                await self._said_all(deadline - _GOODBYE - _RESULTS_ONLY / 2)
+                # What a job is cut off from is told as far as it is known.
+                await _cancelled([task for _, task in self._jobs.values()])
+                await self._said_all(deadline - _GOODBYE)
+            async with asyncio.timeout_at(deadline):
+                await self._say_goodbye()
         except (TransportError, TimeoutError) as error:
             logger.warning(
                 "the combiner may not know that this client ended: %s",
@@ -275,19 +287,33 @@ class ClientService:
                 extra={"action": "goodbye_lost"},
             )
 
-    async def _say_last_words(self) -> None:
-        if self._plan.with_polling:
-            await self._poller().report_ends()
-        await self._outbox.drain(_LAST_WORDS)
+    async def _until_reporting(self, within: float) -> None:
+        """Wait until no job is at work; those whose messages are on their way may take longer."""
+        deadline = self._loop.time() + within
+        while tasks := [task for job, task in self._jobs.values() if job.phase is not Phase.REPORTING]:
+            left = deadline - self._loop.time()
+            if left <= 0:
+                await _cancelled(tasks)
+                return
+            await asyncio.wait(tasks, timeout=min(left, _LOOK_AGAIN))
+
+    async def _said_all(self, deadline: float) -> bool:
+        """Send and report until nothing is left to tell, not even of tasks that come meanwhile."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                while True:
+                    if self._plan.with_polling:
+                        await self._poller.report_ends()
+                    if not self._jobs:
+                        return await self._outbox.drain(max(0.0, deadline - self._loop.time()))
+                    await asyncio.wait([task for _, task in self._jobs.values()], return_when=asyncio.FIRST_COMPLETED)
+        except TimeoutError:
+            return False
+
+    async def _say_goodbye(self) -> None:
         # Who never came need not say that it goes; a greeting that was cut off may have arrived.
         if self._plan.settings.announce and (self._announced or not self._calls.link.down):
             await self._calls.announce("Disconnect", client_id=self._plan.client_id, attempts=None)
-
-    async def _finish_jobs(self, within: float) -> None:
-        tasks = [task for _, task in self._jobs.values()]
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=within)
-            await _cancelled(list(late))
 
     async def _unless_now(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -300,6 +326,7 @@ class ClientService:
 
     async def _clean_up(self) -> None:
         self._abort_all(ENDING)
+        await self._poller.aclose()
         await _cancelled([task for _, task in self._jobs.values()])
         await self._core.aclose(kill=self._end_now.done())
         await self._outbox.aclose()

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 #: Finished tasks whose last report is remembered, so that a late second delivery does not run them again.
 REMEMBERED: Final = 1024
 
+#: Characters of a finished task's response that are kept to be told again.
+_RESPONSE_KEPT: Final = 1 << 16
+_RESPONSE_TOLD: Final = '{"msg": "the response was reported before and is too long to be kept"}'
+#: Bytes of the ends in one report at most, or one end: servers take messages of 4 MiB.
+REPORT_BYTES: Final = 2 << 20
+
 ABORTED_BY_SERVER: Final = "Aborted by server"
 TIMED_OUT_BY_SERVER: Final = "Timed out by server"
 
@@ -93,15 +99,15 @@ class TaskBook:
         held = self._held.get(correlation_id)
         if held is not None:
             return Verdict.NOTHING if held.done or stop is None else stop
+        finished = self._finished.get(correlation_id)
+        if finished is not None:
+            # Told already, and told the same again, also to an abort that comes too late: a task has one end.
+            self._held[correlation_id] = finished
+            return Verdict.NOTHING
         if stop is not None:
             reason = ABORTED_BY_SERVER if stop is Verdict.ABORT else TIMED_OUT_BY_SERVER
             self._held[correlation_id] = HeldTask(correlation_id)
             self.finish(correlation_id, TaskStatus.INTERRUPTED, f'{{"msg": "{reason}"}}')
-            return Verdict.NOTHING
-        finished = self._finished.get(correlation_id)
-        if finished is not None:
-            # The server asks again for what it was told already: it is told the same again.
-            self._held[correlation_id] = finished
             return Verdict.NOTHING
         self._held[correlation_id] = HeldTask(correlation_id)
         return Verdict.START
@@ -118,17 +124,25 @@ class TaskBook:
         task.status, task.response, task.done = status, response, True
 
     def reports(self, client_id: str) -> list[pb.ActivityReport]:
-        """Return a report for each task that is held."""
-        return [
-            pb.ActivityReport(
-                node_id=client_id,
-                correlation_id=task.correlation_id,
-                status=task.status,
-                done=task.done,
-                response=task.response,
+        """Return a report for each task that is held.
+
+        Ends that do not fit beside the others are told by a later report; until then their tasks count as running.
+        """
+        reports, left = [], REPORT_BYTES
+        for task in self._held.values():
+            size = len(task.response.encode())
+            fits = size <= left or left == REPORT_BYTES
+            left -= size if fits else 0
+            reports.append(
+                pb.ActivityReport(
+                    node_id=client_id,
+                    correlation_id=task.correlation_id,
+                    status=task.status if fits else TaskStatus.RUNNING,
+                    done=task.done and fits,
+                    response=task.response if fits else "",
+                )
             )
-            for task in self._held.values()
-        ]
+        return reports
 
     def accepted(self, reports: Iterable[pb.ActivityReport]) -> None:
         """Forget the tasks whose end is in reports that the server took."""
@@ -145,6 +159,8 @@ class TaskBook:
         task = self._held.pop(correlation_id, None)
         if task is None:
             return
+        if len(task.response) > _RESPONSE_KEPT:
+            task.response = _RESPONSE_TOLD
         self._finished[correlation_id] = task
         self._finished.move_to_end(correlation_id)
         while len(self._finished) > self._remembered:

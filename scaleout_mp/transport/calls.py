@@ -14,6 +14,7 @@ import grpc.aio
 from scaleout_mp.errors import AuthenticationError, CallError, TransportError
 from scaleout_mp.transport.backoff import Backoff
 from scaleout_mp.transport.channel import END
+from scaleout_mp.transport.http import one_line
 from scaleout_mp.transport.link import LinkWatch
 from scaleout_mp.wire import edge_pb2 as pb
 from scaleout_mp.wire import methods
@@ -45,11 +46,14 @@ _TRANSIENT = frozenset(
 #: What proxies and dying servers leave behind, under codes that otherwise mean a bug.
 _BROKEN_STREAM = ("stream removed", "rst_stream", "goaway", "connection reset", "socket closed")
 
-_MAX_SAID = 300
+#: How servers in several languages say that a message will never pass; trying again would block what waits behind it.
+_TOO_LARGE = ("larger than max", "exceeds maximum size")
 
 
 def is_transient(code: grpc.StatusCode, details: str) -> bool:
     """Whether the same call may succeed later."""
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and any(sign in details.lower() for sign in _TOO_LARGE):
+        return False
     if code in _TRANSIENT:
         return True
     broken = code in {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL}
@@ -57,7 +61,7 @@ def is_transient(code: grpc.StatusCode, details: str) -> bool:
 
 
 def _call_error(method: Method, error: grpc.aio.AioRpcError) -> CallError:
-    details = " ".join((error.details() or "").split())[:_MAX_SAID]
+    details = one_line(error.details() or "")
     code = error.code()
     return CallError(
         f"{method.name}: {code.name} {details}".rstrip(),

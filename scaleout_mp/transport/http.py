@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import json
 import re
 import urllib.parse
@@ -11,12 +12,18 @@ from typing import Any
 
 import requests
 
-from scaleout_mp.errors import ApiUnavailableError, ConfigError, TransportError
+from scaleout_mp.errors import ApiUnavailableError, ConfigError, TransportError, WrongAddressError
 
 #: Seconds without an answer after which a request counts as unanswered.
 REQUEST_TIMEOUT = 10.0
 
 _MAX_SAID = 300
+
+
+def one_line(text: str) -> str:
+    """Return what a server said as one line of moderate length that is safe to print on a terminal."""
+    line = " ".join(text.split())[:_MAX_SAID]
+    return "".join(character for character in line if character.isprintable())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +38,7 @@ class Answer:
     def message(self, default: str) -> str:
         """Return what the server says in `message`, else `default`."""
         said = self.body.get("message") if isinstance(self.body, Mapping) else None
-        return " ".join(str(said).split())[:_MAX_SAID] if said else default
+        return one_line(str(said)) if said else default
 
 
 def endpoint(api_url: str, path: str, *, prefix: str = "") -> str:
@@ -63,7 +70,7 @@ def post_json(url: str, payload: Mapping[str, Any], *, headers: Mapping[str, str
     """Post JSON and return the answer, whatever its status below 500.
 
     Raises ApiUnavailableError on 429, on 5xx and without an answer, which are worth another try;
-    TransportError when trying again cannot help.
+    WrongAddressError when what listens there is no web server, TransportError when trying again cannot help.
     """
     try:
         response = requests.post(url, json=dict(payload), headers=dict(headers), verify=verify, timeout=REQUEST_TIMEOUT)
@@ -73,6 +80,8 @@ def post_json(url: str, payload: Mapping[str, Any], *, headers: Mapping[str, str
             "certificate set SCALEOUT_CONNECT_API_SECURE=false"
         ) from error
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+        if _is_not_http(error):
+            raise WrongAddressError(f"what listens at {url} does not speak HTTP: is the port right?") from error
         raise ApiUnavailableError(f"no answer from {url}: {_root_cause(error)}") from error
     except requests.RequestException as error:
         raise TransportError(f"{url}: {_root_cause(error)}") from error
@@ -90,8 +99,21 @@ def _decoded(text: str) -> Any:
         return None
 
 
+def _is_not_http(error: BaseException) -> bool:
+    # A peer that hangs up without a word is a kind of bad status line as well, but one that may do better next time.
+    cause = _innermost(error)
+    return isinstance(cause, http.client.HTTPException) and not isinstance(cause, http.client.RemoteDisconnected)
+
+
 def _root_cause(error: BaseException) -> str:
     """Return the innermost message: requests wraps what the operating system said three times over."""
+    reason = _innermost(error)
+    if isinstance(reason, OSError) and reason.strerror:
+        return reason.strerror
+    return one_line(str(reason)) or type(reason).__name__
+
+
+def _innermost(error: BaseException) -> BaseException:
     reason: BaseException = error
     seen = {id(reason)}
     while True:
@@ -99,9 +121,6 @@ def _root_cause(error: BaseException) -> str:
         if inner is None and reason.args:
             inner = reason.args[0]
         if not isinstance(inner, BaseException) or id(inner) in seen:
-            break
+            return reason
         seen.add(id(inner))
         reason = inner
-    if isinstance(reason, OSError) and reason.strerror:
-        return reason.strerror
-    return " ".join(str(reason).split())[:_MAX_SAID] or type(reason).__name__

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Records that wait at most; what comes beyond is dropped and counted.
-MAX_RECORDS: Final = 100_000
+#: Records, and bytes of them, that wait at most; what comes beyond is dropped and counted.
+MAX_RECORDS: Final = 1_000_000
+MAX_RECORD_BYTES: Final = 256 << 20
 #: Calls under way at once, over all tasks.
 IN_FLIGHT: Final = 32
 
@@ -57,12 +58,27 @@ class OutboxCounts:
 class Ticket:
     """The fate of one message."""
 
-    def __init__(self, kind: MessageKind, message: Message) -> None:
+    __slots__ = ("_error", "_settled", "_waiter", "kind", "packed", "tried")
+
+    def __init__(self, kind: MessageKind, packed: bytes) -> None:
         self.kind = kind
-        self.message = message
+        #: As bytes: of a million messages the objects would take many times the room.
+        self.packed = packed
+        #: Whether it went out at least once: the combiner may have it even if no answer came.
+        self.tried = False
         self._settled = False
         self._error: TransportError | None = None
         self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def refused(self) -> bool:
+        """Whether it is certain that the combiner will not have the message."""
+        return self._settled and self._error is not None
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the combiner has the message."""
+        return self._settled and self._error is None
 
     def settle(self, error: TransportError | None) -> None:
         """Note that the message was delivered, or that it never will be. Called by the outbox."""
@@ -91,12 +107,21 @@ class _Lane:
 class Outbox:
     """Messages in memory until the combiner has them. Lives on one event loop."""
 
-    def __init__(self, calls: CombinerCalls, *, max_records: int = MAX_RECORDS, in_flight: int = IN_FLIGHT) -> None:
+    def __init__(
+        self,
+        calls: CombinerCalls,
+        *,
+        max_records: int = MAX_RECORDS,
+        max_record_bytes: int = MAX_RECORD_BYTES,
+        in_flight: int = IN_FLIGHT,
+    ) -> None:
         self._calls = calls
         self._max_records = max_records
         self._slots = asyncio.Semaphore(in_flight)
         self._lanes: dict[str, _Lane] = {}
+        self._max_record_bytes = max_record_bytes
         self._records = 0
+        self._record_bytes = 0
         self._pending = 0
         self._delivered = 0
         self._dropped = 0
@@ -109,14 +134,21 @@ class Outbox:
             pending=self._pending, delivered=self._delivered, dropped=self._dropped, refused=self._refused
         )
 
+    @property
+    def link_down(self) -> bool:
+        """Whether the last call to the combiner failed."""
+        return self._calls.link.down
+
     def put(self, kind: MessageKind, message: Message, *, task_id: str = "") -> Ticket:
         """Take a message; those of one task arrive in the order in which they were put."""
-        ticket = Ticket(kind, message)
+        ticket = Ticket(kind, message.SerializeToString())
         if kind.bounded:
-            if self._records >= self._max_records:
+            size = len(ticket.packed)
+            if self._records >= self._max_records or self._record_bytes + size > self._max_record_bytes:
                 self._drop(ticket)
                 return ticket
             self._records += 1
+            self._record_bytes += size
         self._pending += 1
         lane = self._lanes.setdefault(task_id, _Lane())
         lane.waiting.append(ticket)
@@ -142,7 +174,8 @@ class Outbox:
             try:
                 # The slot is held for the attempt only: a lane that waits for the link must not block others.
                 async with self._slots:
-                    await self._calls.once(ticket.kind.value, ticket.message)
+                    ticket.tried = True
+                    await self._calls.once(ticket.kind.value, ticket.kind.value.request.FromString(ticket.packed))
             except TransportError as failure:
                 # A refused token may be accepted again; the messages are worth the wait.
                 if worth_retrying(failure) or isinstance(failure, AuthenticationError):
@@ -152,14 +185,22 @@ class Outbox:
                     await self._calls.sleep(wait)
                     continue
                 error = failure
+            except Exception as bug:
+                # Whatever is wrong with one message, those behind it must not wait for ever.
+                logger.exception("sending a message failed in the client itself", extra={"action": "outbox_bug"})
+                error = TransportError(f"internal error of the client: {type(bug).__name__}: {bug}")
             failures = 0
-            lane.waiting.popleft()
-            self._settle(ticket, error)
+            # Unless it was given up meanwhile.
+            if lane.waiting and lane.waiting[0] is ticket:
+                lane.waiting.popleft()
+                self._settle(ticket, error)
         del self._lanes[task_id]
 
     def _settle(self, ticket: Ticket, error: TransportError | None) -> None:
         self._pending -= 1
-        self._records -= ticket.kind.bounded
+        if ticket.kind.bounded:
+            self._records -= 1
+            self._record_bytes -= len(ticket.packed)
         if error is None:
             self._delivered += 1
         else:
@@ -174,6 +215,32 @@ class Outbox:
             return True
         done, _ = await asyncio.wait([lane.sender], timeout=within)
         return bool(done)
+
+    def waiting(self, task_id: str) -> int:
+        """Return how many messages of a task wait."""
+        lane = self._lanes.get(task_id)
+        return 0 if lane is None else len(lane.waiting)
+
+    def give_up_records(self, task_id: str | None = None) -> int:
+        """Drop what a task, or any, has logged and still waits; return how much. Results and statuses stay."""
+        count = 0
+        for lane in [lane for name, lane in self._lanes.items() if task_id is None or name == task_id]:
+            kept: list[Ticket] = []
+            for ticket in lane.waiting:
+                if not ticket.kind.bounded:
+                    kept.append(ticket)
+                    continue
+                count += 1
+                self._pending -= 1
+                self._records -= 1
+                self._record_bytes -= len(ticket.packed)
+                ticket.settle(TransportError("the record was given up"))
+            lane.waiting.clear()
+            lane.waiting.extend(kept)
+        self._dropped += count
+        if count:
+            logger.warning("%d records were given up", count, extra={"action": "records_given_up", "task_id": task_id})
+        return count
 
     async def drain(self, within: float) -> bool:
         """Wait until nothing is left to send, at most `within` seconds; return whether that is so."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from scaleout_mp.errors import ApiUnavailableError, AuthenticationError, ConfigError, TransportError
+from scaleout_mp.errors import ApiUnavailableError, AuthenticationError, ConfigError, TransportError, WrongAddressError
 from scaleout_mp.transport.backoff import Backoff
 from scaleout_mp.transport.http import endpoint, post_json
 
@@ -90,6 +90,8 @@ def request_assignment(
             sleep(wait)
         except AuthenticationError as error:
             return AssignmentAnswer(outcome=Assignment.UNAUTHORIZED, message=str(error))
+        except WrongAddressError as error:
+            return AssignmentAnswer(outcome=Assignment.WRONG_URL, message=str(error))
         except TransportError as error:
             return AssignmentAnswer(outcome=Assignment.UNKNOWN, message=str(error))
 

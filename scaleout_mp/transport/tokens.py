@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from scaleout_mp.errors import AuthenticationError, TransportError
+from scaleout_mp.errors import AuthenticationError, TransportError, WrongAddressError
 from scaleout_mp.transport.http import endpoint, post_json
 
 if TYPE_CHECKING:
@@ -176,7 +176,9 @@ def _read_refresh(url: str, answer: Answer) -> tuple[str, str | None, float | No
         )
     body = answer.body if isinstance(answer.body, Mapping) else {}
     access = body.get("access_token") or body.get("access")
-    if answer.status == 404 or not 200 <= answer.status < 300 or not isinstance(access, str):
+    if answer.status == 404:
+        raise WrongAddressError(f"there is no Scaleout API at {url}: it answered 404; is the API's URL right?")
+    if not 200 <= answer.status < 300 or not isinstance(access, str):
         raise TransportError(f"{url} answered {answer.status} and no access token: is the API's URL right?")
     rotated = body.get("refresh_token") or body.get("refresh")
     return (

@@ -232,6 +232,40 @@ def test_custom_callbacks_get_the_prefix_once(client, caplog):
     assert "gone" in caplog.text
 
 
+@pytest.mark.parametrize("bad", [42, "train", {}])
+def test_what_is_no_callback_is_refused_at_once(client, bad):
+    for set_it in (
+        client.set_train_callback,
+        client.set_validate_callback,
+        client.set_inference_callback,
+        client.set_stage_model_callback,
+        lambda callback: client.set_custom_callback("x", callback),
+        EdgeClient,
+    ):
+        with pytest.raises(TypeError, match=f"callable, not {type(bad).__name__}"):
+            set_it(bad)
+    with pytest.raises(TypeError, match="remove_custom_callback"):
+        client.set_custom_callback("x", None)
+    client.set_train_callback(None)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_is_too_much_for_a_record_is_refused_by_name(client, request, inside):
+    if inside:
+        request.getfixturevalue("in_task")
+    for log, says in (
+        (lambda: client.log_attributes({"config": "v" * 65_537}), "'config' has 65537 characters"),
+        (lambda: client.log_attributes({"k" * 1_025: "v"}), "'kkk.* has 1025 characters"),
+        (lambda: client.log_attributes({str(n): "" for n in range(4_097)}), "4097 attributes are too many"),
+        (lambda: client.log_metric({"k" * 1_025: 1}, context=context()), "'kkk.* has 1025 characters"),
+        (lambda: client.log_metric({str(n): 1 for n in range(4_097)}, context=context()), "4097 metrics"),
+        (lambda: client.log_telemetry({"k" * 1_025: 1}), "telemetry value 'kkk"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            log()
+    assert client.log_attributes({"k" * 1_024: "v" * 65_536})
+
+
 def test_in_a_task_logs_go_to_the_task(client, runtime, in_task):
     client.log_metric({"a": 1}, context=context(step=2))
     client.log_attributes({"b": 2})

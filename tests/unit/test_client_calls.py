@@ -67,7 +67,7 @@ def test_a_train_callback_that_returns_the_wrong_thing(model, returned, says):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("count", [0, -1, "7", None, True, math.nan])
+@pytest.mark.parametrize("count", [0, -1, "7", None, True, math.nan, math.inf, 10**400, np.float32("inf")])
 def test_a_train_callback_must_say_how_many_examples(model, count):
     with pytest.raises(ValueError, match="num_examples"):
         TrainCall(lambda *_: (model, examples(count)))(model, {}, REQUEST)
@@ -93,6 +93,28 @@ def test_a_custom_callback_gets_the_parameters_and_returns_json():
     assert CustomCall(lambda _: None)({}, REQUEST) is None
     with pytest.raises(TypeError, match=r"custom callback .*result is of type set"):
         CustomCall(lambda _: {1})({}, REQUEST)
+
+
+def test_what_is_no_finite_number_becomes_null_with_one_warning(model, caplog):
+    meta = {**examples(1), "loss": math.nan, "more": [np.float32("inf"), 1.5]}
+    _, sent = TrainCall(lambda *_: (model, meta))(model, {}, REQUEST)
+    assert sent == {**examples(1), "loss": None, "more": [None, 1.5]}
+    (record,) = caplog.records
+    assert record.getMessage() == "metadata['loss'] and 1 more: not a finite number, sent as null"
+    assert ValidateCall(lambda _: {"a": -math.inf})(model, REQUEST) == {"a": None}
+
+
+def test_what_is_too_long_for_a_server_is_refused_in_one_line(model):
+    text = "x" * (1 << 20)
+    for call in (
+        lambda: TrainCall(lambda *_: (model, {**examples(1), "x": text}))(model, {}, REQUEST),
+        lambda: ValidateCall(lambda _: {"x": text})(model, REQUEST),
+        lambda: CustomCall(lambda _: text)({}, REQUEST),
+    ):
+        with pytest.raises(ValueError, match=r"callback .* of 1048[56]\d\d bytes of JSON; at most 1048576") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert len(CustomCall(lambda _: text[:-2])({}, REQUEST)) == (1 << 20) - 2
 
 
 def test_a_structure_that_contains_itself_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaleout_mp.errors import ConfigError, ModelFormatError
-from scaleout_mp.localnet.aggregation import FedAvg
+from scaleout_mp.localnet.aggregation import FedAvg, num_examples
 from scaleout_mp.localnet.event_log import EventLog
 from scaleout_mp.localnet.events import ClientAssigned, HeartbeatReceived, TaskEnded
 from scaleout_mp.localnet.model_calls import serialize_chunk
@@ -94,6 +95,84 @@ def test_the_average_is_the_weighted_mean(tmp_path_factory, updates):
         expected = np.average([value for value, _ in updates], weights=[examples for _, examples in updates])
         assert array.dtype == np.float32
         np.testing.assert_allclose(array, expected, rtol=1e-4, atol=1e-2)
+
+
+def average_of(tmp_path, seed, *updates):
+    """The mean of (array, examples); what is refused is left out and its reason returned."""
+    refused = []
+    with ScaleoutModel.from_training_model([seed]) as current:
+        average = FedAvg(current)
+    for array, examples in updates:
+        with ScaleoutModel.from_training_model([array]) as model:
+            model.save_to_file(tmp_path / "update.scm")
+        try:
+            average.add(tmp_path / "update.scm", examples)
+        except ModelFormatError as error:
+            refused.append(str(error))
+    with average.result() as result:
+        (array,) = result.get_training_model()
+        return array.copy(), refused
+
+
+def test_half_precision_does_not_overflow_on_the_way(tmp_path):
+    updates = [(np.full(3, value, np.float16), 70_000) for value in (1.0, 2.0, 60_000.0)]
+    array, refused = average_of(tmp_path, np.zeros(3, np.float16), *updates)
+    assert (array.dtype, refused) == (np.float16, [])
+    assert np.array_equal(array, np.full(3, 60_003 / 3, np.float16))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int64, np.uint64])
+def test_whole_numbers_are_rounded_and_do_not_wrap(tmp_path, dtype):
+    bounds = np.iinfo(dtype)
+    low, high = np.array([3, bounds.min, bounds.max], dtype), np.array([6, bounds.min, bounds.max], dtype)
+    array, refused = average_of(tmp_path, np.zeros(3, dtype), (high, 1), (low, 2))
+    assert (array.dtype, refused) == (dtype, [])
+    assert array.tolist() == [4, bounds.min, bounds.max]
+
+
+def test_complex_weights_are_averaged(tmp_path):
+    updates = (np.array([1 + 2j], np.complex64), 1), (np.array([3 - 2j], np.complex64), 1)
+    array, _ = average_of(tmp_path, np.zeros(1, np.complex64), *updates)
+    assert (array.dtype, array.tolist()) == (np.complex64, [2 + 0j])
+
+
+def test_masks_stay_as_the_seed_has_them(tmp_path):
+    seed = np.array([True, False])
+    array, refused = average_of(tmp_path, seed, (~seed, 1), (~seed, 1), (np.zeros(2), 1))
+    assert array.tolist() == [True, False]
+    assert refused == ["its weights 0 are of type float64, not bool"]
+
+
+@pytest.mark.parametrize(
+    ("seed", "bad", "says"),
+    [
+        (np.float32, np.ones(2, np.int64), "of type int64, not float32"),
+        (np.int64, np.ones(2, np.uint64), "of type uint64, not int64"),
+        (np.float32, np.array([1.0, 1e300]), "not all finite"),
+        (np.float32, np.array([1.0, np.nan], np.float32), "not all finite"),
+        (np.float64, np.full(2, -1.7e308), "too large"),
+    ],
+)
+def test_an_update_that_does_not_fit_changes_nothing(tmp_path, seed, bad, says):
+    good = np.full(2, 1.7e308 if says == "too large" else 3).astype(seed)
+    array, refused = average_of(tmp_path, np.zeros(2, seed), (good, 1), (bad, 5), (good, 2))
+    assert len(refused) == 1
+    assert says in refused[0]
+    assert np.array_equal(array, good)
+
+
+def test_a_model_of_no_numbers_has_no_average():
+    with (
+        ScaleoutModel.from_training_model([np.array(["a"])]) as model,
+        pytest.raises(ModelFormatError, match="not numbers"),
+    ):
+        FedAvg(model)
+
+
+@pytest.mark.parametrize("count", [0, -1, True, None, "7", math.nan, math.inf, 10**400])
+def test_a_weight_that_does_not_count_is_refused(count):
+    with pytest.raises(ValueError, match="above 0"):
+        num_examples({"training_metadata": {"num_examples": count}})
 
 
 def test_what_is_not_a_model_leaves_the_average_as_it_was(tmp_path):

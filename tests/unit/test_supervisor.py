@@ -18,6 +18,7 @@ from scaleout_mp.supervisor import GrpcEdgeClientRuntime, messages
 from scaleout_mp.supervisor.blocking import run_blocking
 from scaleout_mp.supervisor.callbacks import CallbackTable
 from scaleout_mp.supervisor.connecting import assignment_payload
+from scaleout_mp.supervisor.jobs import JobFailedError, json_text
 from scaleout_mp.supervisor.shutdown import SignalReader, StopAction
 from scaleout_mp.supervisor.taskbook import TaskBook, TaskStatus, Verdict
 from scaleout_mp.task import (
@@ -85,8 +86,32 @@ class TestTaskBook:
         book.accepted(book.reports("me"))
         for correlation_id in ("c", "never seen"):
             assert book.receive(request(correlation_id, status)) is Verdict.NOTHING
-        answer = ("INTERRUPTED", True, json.dumps({"msg": says}))
-        assert reported(book) == {"c": answer, "never seen": answer}
+        # What had ended before the abort came has one end, and that is told again.
+        unknown = ("INTERRUPTED", True, json.dumps({"msg": says}))
+        assert reported(book) == {"c": ("COMPLETED", True, ""), "never seen": unknown}
+        book.accepted(book.reports("me"))
+        assert book.receive(request("never seen")) is Verdict.NOTHING
+
+    def test_ends_that_do_not_fit_into_one_report_ride_in_the_next(self):
+        book = TaskBook()
+        responses = {name: json.dumps(name * (1 << 20)) for name in "abc"} | {"d": '"d"'}
+        for name, response in responses.items():
+            book.receive(request(name))
+            book.run(name)
+            book.finish(name, TaskStatus.COMPLETED, response)
+        told = {}
+        while book.unreported:
+            reports = book.reports("me")
+            assert pb.ClientReport(reports=reports).ByteSize() < (2 << 20) + 4096
+            # What must wait is still held, and not missing.
+            assert {report.correlation_id for report in reports} == set(responses) - set(told)
+            assert {report.status for report in reports if not report.done} <= {"RUNNING"}
+            told |= {report.correlation_id: report.response for report in reports if report.done}
+            book.accepted(reports)
+        assert told == responses
+        # A long response is not kept for ever.
+        book.receive(request("a"))
+        assert "too long to be kept" in book.reports("me")[0].response
 
     def test_a_task_ends_once(self):
         book = TaskBook()
@@ -183,10 +208,14 @@ class TestMessages:
 
     def test_metrics_take_their_ids_from_the_task_unless_they_name_them(self):
         context = RecordContext(model_id="own", round_id=None, session_id="")
+        # A context is whole, as with the published client: what it leaves out is not filled in.
         record = MetricRecord(metrics={"loss": 0.5}, step=3, timestamp=1.5, context=context)
         kind, message = messages.record_message("me", record, task=self.task)
         assert kind is MessageKind.METRIC
-        assert (message.model_id, message.round_id, message.session_id) == ("own", "r", "")
+        assert (message.model_id, message.round_id, message.session_id) == ("own", "", "")
+        kind, message = messages.record_message("me", MetricRecord(metrics={}, step=3, timestamp=1.5), task=self.task)
+        assert (message.model_id, message.round_id, message.session_id) == ("m", "r", "s")
+        _, message = messages.record_message("me", record, task=self.task)
         assert message.step.value == 3
         assert message.timestamp.ToNanoseconds() == 1_500_000_000
         assert [(elem.key, elem.value) for elem in message.metrics] == [("loss", 0.5)]
@@ -232,6 +261,18 @@ class TestMessages:
         assert "exit_code" not in sent
         json.dumps(response)
 
+    def test_a_failure_with_endless_texts_stays_small(self):
+        report = ExitReport(task_id="t", name="n", reason=EndReason.FAILED, message="x" * 10**6, traceback="y" * 10**6)
+        response = messages.failure_response("z" * 10**6, reason="failed", report=report)
+        assert len(json.dumps(response)) < 50_000
+
+    def test_what_a_child_sends_is_bounded_and_json(self):
+        assert json_text({"a": 1}, "metrics") == '{"a": 1}'
+        for bad, says in (("x" * (1 << 20), "at most 1048576"), (float("nan"), "cannot carry"), ({1}, "cannot carry")):
+            with pytest.raises(JobFailedError, match=says) as caught:
+                json_text(bad, "a result")
+            assert "\n" not in str(caught.value)
+
     def test_status_types(self):
         assert messages.status_type("Scaleout_ModelUpdate") == "MODEL_UPDATE"
         assert messages.status_type("Scaleout_Validation") == "MODEL_VALIDATION"
@@ -242,13 +283,21 @@ class TestCallbacks:
     def test_each_callback_is_prepared_once_until_it_changes(self):
         client = EdgeClient(train_callback=print)
         client.set_custom_callback("x", repr)
-        prepared = []
-        table = CallbackTable(client, lambda call: prepared.append(call.callback) or len(prepared))
+        prepared, threads = [], {threading.main_thread(): 0, "another": 0}
+
+        def prepare(call):
+            here = threading.current_thread()
+            threads[here if here in threads else "another"] += 1
+            prepared.append(call.callback)
+            return len(prepared)
+
+        table = CallbackTable(client, prepare)
         table.prepare_all()
         assert prepared == [print, repr]
-        assert table.prepared("Scaleout_ModelUpdate") == table.prepared("Scaleout_ModelUpdate") == 1
+        assert asyncio.run(table.prepared("Scaleout_ModelUpdate")) == 1
         client.set_train_callback(len)
-        assert table.prepared("Scaleout_ModelUpdate") == 3
+        assert asyncio.run(table.prepared("Scaleout_ModelUpdate")) == 3
+        assert threads == {threading.main_thread(): 2, "another": 1}
         assert table.name("Scaleout_ModelUpdate") == "Scaleout_ModelUpdate (builtins.len)"
 
     @pytest.mark.parametrize(
@@ -263,7 +312,7 @@ class TestCallbacks:
     def test_what_no_callback_serves_says_so(self, task_type, says):
         table = CallbackTable(EdgeClient(), lambda call: call)
         with pytest.raises(ConfigError, match=says):
-            table.prepared(task_type)
+            asyncio.run(table.prepared(task_type))
         with pytest.raises(ConfigError, match="no callback registered"):
             table.require_any()
 

@@ -134,6 +134,59 @@ def test_records_beyond_the_bound_are_dropped_and_counted(caplog):
     assert len([record for record in caplog.records if "dropped" in record.getMessage()]) == 1
 
 
+def test_records_are_bounded_by_their_bytes_as_well():
+    async def scenario():
+        calls = FakeCalls()
+        outbox = Outbox(calls, max_record_bytes=250)
+        tickets = [outbox.put(*metric("x" * 100), task_id="t") for _ in range(4)]
+        assert [ticket.refused for ticket in tickets] == [False, False, True, True]
+        assert await outbox.drain(1)
+        await outbox.put(*metric("x" * 100)).delivered()
+        return outbox.counts
+
+    counts = asyncio.run(scenario())
+    assert (counts.delivered, counts.dropped) == (3, 2)
+
+
+def test_a_bug_with_one_message_settles_it_and_the_others_go_on(caplog):
+    async def scenario():
+        outbox = Outbox(FakeCalls(RuntimeError("odd")))
+        odd = outbox.put(*metric("a"), task_id="t")
+        await outbox.put(*metric("b"), task_id="t").delivered()
+        with pytest.raises(TransportError, match="RuntimeError: odd"):
+            await odd.delivered()
+        return outbox.counts
+
+    counts = asyncio.run(scenario())
+    assert (counts.pending, counts.delivered, counts.refused) == (0, 1, 1)
+    assert "in the client itself" in caplog.text
+
+
+def test_records_can_be_given_up_and_results_stay():
+    async def scenario():
+        calls = FakeCalls()
+        calls.gate.clear()
+        outbox = Outbox(calls)
+        first = outbox.put(*metric("a"), task_id="t")
+        outbox.put(*metric("b"), task_id="t")
+        update = outbox.put(MessageKind.UPDATE, pb.ModelUpdate(model_id="u"), task_id="t")
+        other = outbox.put(*metric("c"), task_id="other")
+        await asyncio.sleep(0)
+        assert first.tried
+        assert not update.tried
+        assert outbox.waiting("t") == 3
+        assert outbox.give_up_records("t") == 2
+        assert outbox.waiting("t") == 1
+        calls.gate.set()
+        await update.delivered()
+        await other.delivered()
+        assert await outbox.drain(1)
+        return outbox.counts
+
+    counts = asyncio.run(scenario())
+    assert (counts.pending, counts.delivered, counts.dropped, counts.refused) == (0, 2, 2, 0)
+
+
 def test_closing_says_what_is_lost_and_wakes_who_waits(caplog):
     async def scenario():
         calls = FakeCalls()
@@ -171,6 +224,8 @@ def test_an_outage_is_one_warning_and_its_end_one_line(caplog):
     [
         ("UNAVAILABLE", "", True),
         ("RESOURCE_EXHAUSTED", "", True),
+        ("RESOURCE_EXHAUSTED", "CLIENT: Received message larger than max (5242880 vs. 4194304)", False),
+        ("RESOURCE_EXHAUSTED", "gRPC message exceeds maximum size 4194304: 5242880", False),
         ("DEADLINE_EXCEEDED", "", True),
         ("CANCELLED", "", True),
         ("FAILED_PRECONDITION", "", True),

@@ -13,9 +13,9 @@ import threading
 import pytest
 
 from scaleout_mp.config import Settings
-from scaleout_mp.errors import ApiUnavailableError, AuthenticationError, ConfigError, TransportError
+from scaleout_mp.errors import ApiUnavailableError, AuthenticationError, ConfigError, TransportError, WrongAddressError
 from scaleout_mp.transport.backoff import Backoff
-from scaleout_mp.transport.http import Answer, endpoint, post_json
+from scaleout_mp.transport.http import Answer, endpoint, one_line, post_json
 from scaleout_mp.transport.rest import Assignment, request_assignment
 from scaleout_mp.transport.tokens import RefreshedToken, StaticToken, claims, token_source
 
@@ -278,10 +278,38 @@ def test_a_refusal_is_for_good_and_an_odd_answer_is_not():
     source, *_ = refreshed((401, {"message": "revoked"}), (404, None), (200, {}))
     with pytest.raises(AuthenticationError, match="revoked"):
         source.access_token()
-    for _ in range(2):
-        with pytest.raises(TransportError, match="no access token") as caught:
-            source.access_token()
-        assert not isinstance(caught.value, AuthenticationError)
+    with pytest.raises(WrongAddressError, match="no Scaleout API"):
+        source.access_token()
+    with pytest.raises(TransportError, match="no access token") as caught:
+        source.access_token()
+    assert not isinstance(caught.value, AuthenticationError)
+
+
+def test_a_token_call_that_finds_nothing_there_is_a_wrong_url():
+    with Server((404, None)) as server:
+        answer, waits = ask(server.url, tokens=token_source("opaque", server.url, settings=SETTINGS))
+    assert (answer.outcome, waits) == (Assignment.WRONG_URL, [])
+
+
+def test_a_peer_that_speaks_no_http_is_said_in_plain_letters():
+    def serve():
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(1 << 16)
+            connection.sendall(b"\x00\x00\x12\x04\x1b[31m\x07SSH-2.0\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        answer, waits = ask(f"http://127.0.0.1:{listener.getsockname()[1]}", tokens=StaticToken("k"))
+        thread.join()
+    assert (answer.outcome, waits) == (Assignment.WRONG_URL, [])
+    assert "does not speak HTTP" in answer.message
+    assert answer.message.isprintable()
+
+
+def test_what_a_server_says_is_printed_as_one_plain_line():
+    assert one_line("a\n b\x1b[31m\x00" + "c" * 1000) == "a b[31m" + "c" * 291
 
 
 def test_threads_that_saw_the_same_token_rejected_refresh_once():
