@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from scaleout_mp import ScaleoutModel, StoppedException
+from scaleout_mp import LoggingContext, ScaleoutModel, StoppedException
 
 
 def result(model, examples=7, **extra):
@@ -55,6 +55,16 @@ class Worker:
         for step in range(50):
             self.client.log_metric({"loss": step}, step=step)
         os.kill(os.getpid(), signal.SIGKILL)
+
+    def log_many_then_die(self, parameters):
+        for step in range(parameters["count"]):
+            self.client.log_metric({"loss": step}, step=step, check_task_abort=False)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def log_in_own_context(self, parameters):
+        with self.client.logging_context(LoggingContext(model_id="own", step=5)):
+            self.client.log_metric({"a": 1})
+        self.client.log_metric({"b": 1})
 
     def hold_gil(self, model, settings):
         self.client.log_metric({"ready": 1})
@@ -110,3 +120,15 @@ def count_runs(parameters):
 
 def validate(model):
     return {"accuracy": 0.5}
+
+
+def returns_megabytes(parameters):
+    return "x" * (5 << 20)
+
+
+def validate_with_megabytes(model):
+    return {"text": "x" * (5 << 20)}
+
+
+def answer(parameters):
+    return {"ok": True}

@@ -444,6 +444,11 @@ def test_a_port_in_use_is_one_clear_error(tmp_path, option):
         net.close()
 
 
+def test_an_address_that_is_not_of_this_machine_is_said_to_be_wrong(tmp_path):
+    with pytest.raises(LocalNetworkError, match=r"192\.0\.2\.1:0: Cannot assign requested address"):
+        LocalNetworkThread(tmp_path, host="192.0.2.1").start()
+
+
 def test_two_networks_never_share_a_port(net, tmp_path):
     port = int(net.combiner_address.split(":")[1])
     with pytest.raises(LocalNetworkError, match="in use"):

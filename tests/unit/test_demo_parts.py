@@ -345,3 +345,17 @@ def test_without_a_terminal_there_are_plain_lines():
         view.show(Ledger(rounds=1), (), ())
     assert stream.getvalue().endswith(" round 1 finished\n")
     assert stream.getvalue().count("\n") == 1
+
+
+def test_a_client_that_said_goodbye_is_not_shown_as_connecting():
+    ledger, seen = Ledger(rounds=1), []
+    record = ledger.client("client-1")
+    seen.append(views._idle(record).plain)
+    for event in (
+        ev.ClientConnected(client_id="client-1", name="client-1"),
+        ev.ClientDisconnected(client_id="client-1", name="client-1", lost=False),
+        ev.ClientConnected(client_id="client-1", name="client-1"),
+    ):
+        ledger.take(event)
+        seen.append(views._idle(record).plain)
+    assert seen == ["connecting", "waiting", "gone", "waiting"]

@@ -134,6 +134,22 @@ def test_records_beyond_the_bound_are_dropped_and_counted(caplog):
     assert len([record for record in caplog.records if "dropped" in record.getMessage()]) == 1
 
 
+def test_a_long_burst_waits_for_the_link_and_arrives_whole_and_in_order():
+    async def scenario():
+        calls = FakeCalls()
+        calls.gate.clear()
+        outbox = Outbox(calls)
+        for step in range(120_000):
+            outbox.put(*metric(str(step)), task_id="t")
+        calls.gate.set()
+        assert await outbox.drain(60)
+        return calls, outbox.counts
+
+    calls, counts = asyncio.run(scenario())
+    assert (counts.delivered, counts.dropped) == (120_000, 0)
+    assert [name for _, name in calls.arrived] == [str(step) for step in range(120_000)]
+
+
 def test_records_are_bounded_by_their_bytes_as_well():
     async def scenario():
         calls = FakeCalls()
