@@ -130,6 +130,9 @@ class EntrySink(io.RawIOBase):
 
     def _open_body(self) -> _Body:
         if self._body is None:
+            if self._announced is None:
+                # The header will be put right afterwards, and a helper may use its buffers again.
+                self._file.stop_hashing()
             size, crc = self._announced or (0, 0)
             method = zf.STORED if self._stores else zf.DEFLATED
             self._begun = self._writer.begin(self._name, method, size=size, crc=crc)

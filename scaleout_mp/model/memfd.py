@@ -12,7 +12,6 @@ import hashlib
 import mmap
 import os
 import stat
-import threading
 import weakref
 from typing import TYPE_CHECKING, Final, Self
 
@@ -21,14 +20,14 @@ from scaleout_mp.errors import ModelFormatError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from scaleout_mp.model.hashing import RunningHash
+
 #: Nobody can shrink (SIGBUS in a reader), grow, rewrite or unseal the memory once it is handed over.
 ALL_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 #: What a model from outside may weigh, unless the caller says otherwise.
 DEFAULT_MAX_SIZE: Final = 16 << 30
 
-#: From this many bytes on it pays to hash them on another core while they are written.
-_HASH_BESIDE: Final = 1 << 18
 
 #: From this many bytes on, mapping them in one call is worth it. Linux 5.14, madvise(2).
 _POPULATE_FROM: Final = 1 << 20
@@ -190,42 +189,44 @@ class MemoryFile:
     def __init__(self, *, name: str = "scaleout-model", hashing: bool = False) -> None:
         """Make empty memory; `name` shows in /proc/<pid>/fd.
 
-        `hashing`: compute the SHA-256 while bytes are written, on another core when they are many. A patch makes it
-        worthless, and it is then computed when it is asked for.
+        `hashing`: compute the SHA-256 while bytes are written, on another core when they are many. What is written must
+        then not be changed before `seal` has returned.
         """
         self._fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self._closer = weakref.finalize(self, os.close, self._fd)
         self._closer.atexit = False
-        self._digest = hashlib.sha256() if hashing else None
+        self._hash = _running_hash() if hashing else None
         #: Bytes written so far.
         self.size = 0
 
     def write(self, *parts: Bytes) -> int:
         """Append all parts, in order, in as few system calls as possible; returns the bytes written."""
         self._require_open()
-        with _hashed_beside(self._digest, parts):
-            # By write(2), not through a map: the kernel fills fresh pages without a fault for each.
-            written = write_all(self._fd, *parts)
+        if self._hash is not None:
+            self._hash.update(parts)
+        # By write(2), not through a map: the kernel fills fresh pages without a fault for each.
+        written = write_all(self._fd, *parts)
         self.size += written
         return written
 
     def copy(self, source: MappedBytes, start: int, end: int) -> None:
         """Append bytes of another file or memory; they do not pass through this process."""
         self._require_open()
-        with _hashed_beside(self._digest, () if self._digest is None else (source.span(start, end),)):
-            # sendfile takes any pair of files; copy_file_range, no faster, refuses some.
-            while start < end:
-                done = os.sendfile(self._fd, source.fileno(), start, end - start)
-                if not done:
-                    raise ModelFormatError("the model's file was cut off while it was read")
-                start += done
-                self.size += done
+        if self._hash is not None:
+            self._hash.update((source.span(start, end),))
+        # sendfile takes any pair of files; copy_file_range, no faster, refuses some.
+        while start < end:
+            done = os.sendfile(self._fd, source.fileno(), start, end - start)
+            if not done:
+                raise ModelFormatError("the model's file was cut off while it was read")
+            start += done
+            self.size += done
 
     def patch(self, offset: int, data: Bytes) -> None:
         """Overwrite bytes that were written before."""
         if offset + len(data) > self.size:
             raise ValueError("a patch must lie within what was written")
-        self._digest = None
+        self.stop_hashing()
         if os.pwrite(self._fd, data, offset) != len(data):
             raise OSError("short write to memory")
 
@@ -238,12 +239,19 @@ class MemoryFile:
 
     def seal(self) -> SealedMemory:
         """Make the bytes final and return them."""
-        sha256 = None if self._digest is None else self._digest.hexdigest()
+        sha256 = None if self._hash is None else self._hash.hexdigest()
         return SealedMemory(*self.release(), sha256=sha256)
 
     def close(self) -> None:
         """Drop the memory, unless it was sealed and handed on."""
+        self.stop_hashing()
         self._closer()
+
+    def stop_hashing(self) -> None:
+        """Leave the SHA-256 to whoever asks for it: bytes will be changed after they were written."""
+        if self._hash is not None:
+            self._hash.stop()
+            self._hash = None
 
     def _require_open(self) -> None:
         if not self._closer.alive:
@@ -254,32 +262,6 @@ class MemoryFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@contextlib.contextmanager
-def _hashed_beside(digest: hashlib._Hash | None, parts: tuple[Bytes, ...]) -> Iterator[None]:
-    """Hash the parts while the block runs; they are all hashed when it is left."""
-    thread = None
-    if digest is not None:
-
-        def update() -> None:
-            for part in parts:
-                digest.update(part)
-
-        if sum(memoryview(part).nbytes for part in parts) >= _HASH_BESIDE:
-            thread = threading.Thread(target=update, name="sha256")
-            try:
-                thread.start()
-            except RuntimeError:
-                # A task may not be allowed another thread.
-                thread = None
-        if thread is None:
-            update()
-    try:
-        yield
-    finally:
-        if thread is not None:
-            thread.join()
 
 
 class MemoryWriter:
@@ -321,6 +303,13 @@ class MemoryWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _running_hash() -> RunningHash:
+    # Rarely asked for, and tasks load this module.
+    from scaleout_mp.model.hashing import RunningHash
+
+    return RunningHash()
 
 
 def verify_sealed(fd: int) -> None:
