@@ -1,7 +1,8 @@
 """Building, loading, renaming, hashing and streaming models, beside scaleoututil 1.0.7.
 
 Each package works in a process of its own, on the same arrays, with files and temporary files in memory where the
-machine has a tmpfs. `python -m benchmarks.models` prints these rows alone.
+machine has a tmpfs. `python -m benchmarks.models` prints these rows alone. Deflating, and hashing while
+building, are done on several cores: beside other work these two rows say little.
 """
 
 from __future__ import annotations
