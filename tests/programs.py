@@ -336,6 +336,10 @@ def log_metric(step, key):
     current_task().log_metric({key: 1.0}, step=step)
 
 
+def log_many_keys(count):
+    current_task().log_metric({f"key {number}": 1.0 for number in range(count)})
+
+
 def idle_threads(count):
     done = threading.Event()
     threads = [threading.Thread(target=done.wait) for _ in range(count)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from scaleout_mp.errors import ChannelError, StoppedException
 from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.frames import Kind
-from scaleout_mp.ipc.messages import MAX_NAME, MAX_STEP, MAX_VALUE
+from scaleout_mp.ipc.messages import MAX_KEYS, MAX_NAME, MAX_STEP, MAX_VALUE
 from scaleout_mp.task import RecordContext, set_current_task
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class ChannelContext:
 
     def log_attributes(self, attributes: Mapping[str, str]) -> None:
         """Send attributes; values become strings."""
+        _check_count(attributes)
         values = {_name(key): str(value) for key, value in attributes.items()}
         too_long = next((key for key, value in values.items() if len(value) > MAX_VALUE), None)
         if too_long is not None:
@@ -102,7 +103,13 @@ def _name(key: object) -> str:
     return name
 
 
+def _check_count(values: Mapping[str, object]) -> None:
+    if len(values) > MAX_KEYS:
+        raise ValueError(f"a record has {len(values)} keys; at most {MAX_KEYS} are taken at once")
+
+
 def _numbers(values: Mapping[str, float]) -> dict[str, float]:
+    _check_count(values)
     numbers = {}
     for key, value in values.items():
         name = _name(key)

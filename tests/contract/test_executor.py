@@ -617,6 +617,12 @@ def test_slips_in_logging_raise_where_they_are_made(executor):
         assert (report.reason, report.error_type) == (EndReason.FAILED, "ValueError"), report
 
 
+def test_too_many_keys_at_once_raise_where_they_are_logged(executor):
+    report = executor.submit(programs.log_many_keys, 5_000).report(20)
+    assert (report.reason, report.error_type) == (EndReason.FAILED, "ValueError")
+    assert "5000 keys" in report.message
+
+
 def test_a_memory_limit_leaves_room_for_threads_that_do_nothing(executor):
     assert executor.submit(programs.idle_threads, 40, limits=Limits(memory="64MiB", threads=1)).result(20) == 40
 
