@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import logging
+import os
 import resource
 from typing import TYPE_CHECKING, Any, Final
 
@@ -39,13 +40,14 @@ class Preparation:
 def prepare(level: Level, protected: Sequence[int]) -> Preparation:
     """Put on what every task of a template inherits. Called in the template, before user code is loaded there.
 
-    `protected` are pids that no task may touch. What this machine refuses is tried out first, and said.
+    `protected` are pids that neither the template nor its tasks may touch; tasks may not touch the template either.
+    What this machine refuses is tried out first, and said.
     """
     if level is Level.NONE:
         return Preparation()
     process.forbid_new_privileges()
     try:
-        base, own = seccomp.build_base(), seccomp.build_own(protected)
+        base, own = seccomp.build_base(protected), seccomp.build_own(os.getpid())
     except OSError as error:
         return Preparation(problem=f"tasks have no system call filter: {error.strerror}")
 

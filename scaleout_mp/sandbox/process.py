@@ -5,6 +5,7 @@ Every function works on the calling process unless it says otherwise. Facts: prc
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import contextlib
 import ctypes
 import os
@@ -144,7 +145,8 @@ def changed_signals() -> list[int]:
 
 def reset_signals(changed: Iterable[int]) -> None:
     """Give `changed` signals their default action and unblock all: a task starts as a fresh program would."""
-    signal.set_wakeup_fd(-1)
+    # The functions below the module `signal`, which make enums of all they return: code to run and pages to copy.
+    _signal.set_wakeup_fd(-1)
     for number in changed:
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        _signal.signal(number, _signal.SIG_DFL)
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, ())

@@ -296,10 +296,11 @@ def _program() -> _Program:
     return _Program(machine)
 
 
-def build_base() -> bytes:
+def build_base(protected: Iterable[int] = ()) -> bytes:
     """Return the filter that is the same for every task; the template puts it on, and tasks inherit it.
 
-    Raises OSError on a machine that the tables do not know.
+    `protected` are pids that neither template nor tasks may touch: supervisor and guardian. Raises OSError on a machine
+    that the tables do not know.
     """
     program = _program()
     for name in DENIED:
@@ -307,27 +308,43 @@ def build_base() -> bytes:
     # Its flags lie in memory, which BPF cannot see. The C library falls back to clone.
     program.on("clone3", [_instruction(_RETURN, _ERRNO | errno.ENOSYS)])
     program.on("clone", [*_deny_when(0, _JUMP_ANY_BIT, _NEW_NAMESPACES), _PASS])
+    for name, argument in _BY_PID.items():
+        program.on(name, _deny_pids(argument, protected, everybody=name == "kill"))
     return program.finish()
 
 
-def build_own(protected: Iterable[int]) -> bytes:
-    """Return the filter that a task puts on itself, small: it costs time at each start.
+def build_own(template: int) -> bytes:
+    """Return the filter that a task puts on itself, small: the kernel compiles it at each start.
 
-    `protected` are pids that it must not touch: supervisor, guardian and template. Raises OSError like `build_base`.
+    `template` is a pid that it must not touch. Raises OSError like `build_base`.
     """
     program = _program()
     # The tag of the task's tree must stay.
     program.on("setrlimit", [*_deny_new_limit(0, 1), _PASS])
-    pids = [pid for process in protected for pid in (process, -process)]
     for name, argument in _BY_PID.items():
-        body = [step for pid in pids for step in _deny_when(argument, _JUMP_EQUAL, pid)]
-        if name == "kill":
-            # -1 is everybody whom this user may signal.
-            body += _deny_when(0, _JUMP_EQUAL, -1)
-        if name == "prlimit64":
-            body += _deny_new_limit(1, 2)
-        program.on(name, [*body, _PASS])
+        before = _deny_new_limit(1, 2) if name == "prlimit64" else []
+        program.on(name, [*before, *_deny_pids(argument, [template])])
     return program.finish()
+
+
+def _deny_pids(argument: int, protected: Iterable[int], *, everybody: bool = False) -> list[bytes]:
+    """Deny when an argument names one of the processes, or its process group."""
+    pids = [pid for process in protected for pid in (process, -process)]
+    if everybody:
+        # Whom this user may signal.
+        pids.append(-1)
+    if not pids:
+        return [_PASS]
+    last = len(pids) - 1
+    return [
+        _argument(argument),
+        *(
+            _instruction(_JUMP_EQUAL, pid, skip_true=last - place, skip_false=int(place == last))
+            for place, pid in enumerate(pids)
+        ),
+        _DENY,
+        _PASS,
+    ]
 
 
 class _SockFprog(ctypes.Structure):

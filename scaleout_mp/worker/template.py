@@ -134,7 +134,7 @@ class Template:
         self._script = Script(**script)
         self._script.apply_search_path()
         fatal = probe.refusal(lambda: tree.wear_tag(tree.new_tag()))
-        self._preparation = prepare(Level(level), [self._supervisor, os.getppid(), self._pid])
+        self._preparation = prepare(Level(level), [self._supervisor, os.getppid()])
         problems = [] if self._preparation.problem is None else [self._preparation.problem]
         if not spawn and fatal is None:
             for module in preload:

@@ -16,7 +16,7 @@ from scaleout_mp.sandbox import probe, process, seccomp
 def filter_refused():
     """Why no task can have a system call filter on this machine; None when it can."""
     try:
-        base, own = seccomp.build_base(), seccomp.build_own([1])
+        base, own = seccomp.build_base([1]), seccomp.build_own(2)
     except OSError as error:
         return error.strerror
 
