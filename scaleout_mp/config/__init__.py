@@ -1,6 +1,7 @@
-"""Settings: limits of a task, and what the environment says."""
+"""Settings: limits of a task, what it finds around it, and what the environment says."""
 
 from scaleout_mp.config.limits import Limits
 from scaleout_mp.config.settings import Settings
+from scaleout_mp.config.surroundings import Surroundings
 
-__all__ = ["Limits", "Settings"]
+__all__ = ["Limits", "Settings", "Surroundings"]

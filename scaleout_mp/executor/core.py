@@ -8,15 +8,16 @@ import os
 import uuid
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from scaleout_mp.config import Limits
+from scaleout_mp.config import Limits, Surroundings
 from scaleout_mp.errors import ConfigError
 from scaleout_mp.executor.execution import Execution, ExecutionPlan
 from scaleout_mp.executor.output import OutputRelay
+from scaleout_mp.executor.scratch import ScratchKeeper
 from scaleout_mp.executor.template import StartMethod, TemplateLauncher
 from scaleout_mp.ipc import arguments
 from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
 from scaleout_mp.sandbox.cgroup import MemoryGroups, remove_left_over
-from scaleout_mp.sandbox.confinement import Level
+from scaleout_mp.sandbox.confinement import TEMP_VARIABLES, Level
 from scaleout_mp.task import AbortOrigin, Record, TaskState
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class ExecutorCore:
         preload: Sequence[str] = PRELOAD,
         max_concurrent_tasks: int | None = None,
         echo_output: bool = True,
+        surroundings: Surroundings | None = None,
         launcher: Launcher | None = None,
     ) -> None:
         if start_method not in {"template", "spawn"}:
@@ -69,10 +71,16 @@ class ExecutorCore:
         most = default_concurrency() if max_concurrent_tasks is None else max_concurrent_tasks
         if type(most) is not int or most < 1:
             raise ConfigError(f"max_concurrent_tasks must be a whole number above 0, not {max_concurrent_tasks!r}")
-        level = sandbox_level(sandbox)
+        self._level = sandbox_level(sandbox)
         self._limits = limits or Limits()
+        self._surroundings = surroundings or Surroundings()
+        self._scratch = ScratchKeeper(self._surroundings.scratch_folder)
         self._launcher = launcher or TemplateLauncher(
-            start_method=start_method, preload=preload, level=level, threads=self._limits.threads
+            start_method=start_method,
+            preload=preload,
+            level=self._level,
+            threads=self._limits.threads,
+            environment=self._environment,
         )
         self._echo = echo_output
         self._relay = OutputRelay()
@@ -82,13 +90,28 @@ class ExecutorCore:
         self._closing = False
 
     async def start(self) -> None:
-        """Start the launcher and wait until it is ready. Raises LauncherError."""
+        """Start the launcher and wait until it is ready. Raises LauncherError, and ConfigError."""
+        await self._scratch.open()
+        try:
+            self._find_groups()
+            await self._launcher.open()
+        except BaseException:
+            await self._let_go()
+            raise
+
+    def _find_groups(self) -> None:
         try:
             self._groups = MemoryGroups.find()
             remove_left_over(self._groups.base)
         except OSError as error:
             logger.debug("memory limits are kept by the watchdog: %s", error, extra={"action": "no_memory_cgroup"})
-        await self._launcher.open()
+
+    def _environment(self) -> dict[str, str]:
+        """Return the environment of a template that is started now."""
+        return {**os.environ, **dict.fromkeys(TEMP_VARIABLES, self._scratch.template_folder())}
+
+    def _start_folder(self, scratch: str) -> str:
+        return self._surroundings.start_folder(scratch, inherit=self._level is Level.NONE)
 
     @staticmethod
     def prepare(function: Callable[..., Any]) -> PreparedCallable:
@@ -146,6 +169,8 @@ class ExecutorCore:
             limits=limits or self._limits,
             max_model_size=MAX_MODEL_SIZE,
             memory_groups=self._groups,
+            scratch=self._scratch,
+            start_folder=self._start_folder,
             on_record=on_record,
             on_state=on_state,
         )
@@ -186,6 +211,11 @@ class ExecutorCore:
                 execution.kill()
         await self.wait_idle()
         await self._launcher.close()
-        if self._groups is not None:
-            self._groups.close()
+        await self._let_go(at_once=kill)
         self._relay.close()
+
+    async def _let_go(self, *, at_once: bool = False) -> None:
+        groups, self._groups = self._groups, None
+        if groups is not None:
+            groups.close()
+        await self._scratch.aclose(at_once=at_once)

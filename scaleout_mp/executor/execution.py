@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from scaleout_mp.config import Limits
     from scaleout_mp.executor.output import OutputRelay
+    from scaleout_mp.executor.scratch import ScratchKeeper
     from scaleout_mp.executor.watchdog import TreeWatch
     from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
     from scaleout_mp.sandbox.cgroup import MemoryGroup, MemoryGroups
@@ -80,6 +81,10 @@ class ExecutionPlan:
     max_model_size: int
     #: Where groups for tasks with a memory limit are made; None: there is no such place.
     memory_groups: MemoryGroups | None = None
+    #: Who makes the task's scratch folder.
+    scratch: ScratchKeeper
+    #: Where a task with that scratch folder starts, see `Confinement.working_directory`.
+    start_folder: Callable[[str], str]
     on_record: Callable[[Record], None] | None = None
     on_state: Callable[[TaskState], None] | None = None
 
@@ -102,6 +107,8 @@ class Execution:
         self._reading: asyncio.Task[Any] | None = None
         self._watches: Watches | None = None
         self._group: MemoryGroup | None = None
+        #: Path of the task's own folder; empty before there is one.
+        self._scratch = ""
         self._lines: TaskLines | None = None
         #: Due once the task itself has decided its end.
         self._leaving: asyncio.TimerHandle | None = None
@@ -208,6 +215,8 @@ class Execution:
         self._plan.arguments.close()
         if self._group is not None:
             await asyncio.to_thread(self._group.remove)
+        if self._scratch:
+            await self._plan.scratch.give_back(self._scratch)
 
     def _start(self) -> None:
         plan = self._plan
@@ -243,11 +252,14 @@ class Execution:
         limits, groups = self._plan.limits, self._plan.memory_groups
         if limits.memory_bytes and groups is not None:
             self._group = groups.make(f"{self._tag:x}", limits.memory_bytes)
+        self._scratch = self._plan.scratch.make()
         cpu_time, no_progress = limits.seconds("cpu_time"), limits.seconds("no_progress")
         return Confinement(
             tag=self._tag,
             memory_limit=limits.memory_bytes,
             handed_over=self._plan.arguments.memory_bytes,
+            scratch=self._scratch,
+            working_directory=self._plan.start_folder(self._scratch),
             memory_group="" if self._group is None else self._group.procs,
             cpu_limit=0 if cpu_time is None else math.ceil(cpu_time),
             open_files=limits.open_files or 0,

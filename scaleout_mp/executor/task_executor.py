@@ -9,11 +9,13 @@ import threading
 import uuid
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from scaleout_mp.config import Surroundings
 from scaleout_mp.executor.core import PRELOAD, ExecutorCore
 from scaleout_mp.ipc import arguments
 from scaleout_mp.task import AbortOrigin, ExitReport, Record, TaskState
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterator, Sequence
 
     from scaleout_mp.config import Limits
@@ -129,7 +131,9 @@ class TaskExecutor:
     `limits` are the default of every task. `start_method` is "template" (fork from a warm interpreter, about a
     millisecond) or "spawn" (a fresh interpreter each time). `sandbox` is "auto", "none" or "basic",
     see docs/security.md. `preload` names modules that the template imports once.
-    `echo_output` passes on what tasks print.
+    `echo_output` passes on what tasks print. A task starts in an empty folder of its own, which goes with it;
+    `scratch_folder` is where these folders are made, and `working_directory` where tasks start instead: "inherit",
+    where the program stands, or a path.
     """
 
     def __init__(
@@ -141,6 +145,8 @@ class TaskExecutor:
         preload: Sequence[str] = PRELOAD,
         max_concurrent_tasks: int | None = None,
         echo_output: bool = True,
+        scratch_folder: str | os.PathLike[str] | None = None,
+        working_directory: str | os.PathLike[str] | None = None,
     ) -> None:
         self._core = ExecutorCore(
             limits=limits,
@@ -149,6 +155,7 @@ class TaskExecutor:
             preload=preload,
             max_concurrent_tasks=max_concurrent_tasks,
             echo_output=echo_output,
+            surroundings=Surroundings(scratch_folder=scratch_folder, working_directory=working_directory),
         )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None

@@ -23,7 +23,7 @@ from scaleout_mp.sandbox import pools
 from scaleout_mp.sandbox.confinement import Level
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from scaleout_mp.ipc.arguments import PreparedCallable
 
@@ -61,8 +61,13 @@ class TemplateLauncher:
         preload: Sequence[str] = (),
         level: Level = Level.BASIC,
         threads: int | None = None,
+        environment: Callable[[], Mapping[str, str]] = lambda: os.environ,
     ) -> None:
-        """`threads` is the number that most tasks will want for numerical libraries; others cost a little more."""
+        """`threads` is the number that most tasks will want for numerical libraries; others cost a little more.
+
+        `environment` is asked for that of a template when it is started; tasks inherit it.
+        """
+        self._environment = environment
         self._level = level
         self._threads = threads or wanted_threads()
         self._start_method = start_method
@@ -132,7 +137,7 @@ class TemplateLauncher:
                 # -P: a module of the user's folder must not stand in for one of the standard library.
                 [sys.executable, "-P", "-m", "scaleout_mp.worker.template"],
                 stdin=theirs.fileno(),
-                env=_template_environment(),
+                env=_template_environment(self._environment()),
                 # Out of reach of what a terminal, or `timeout`, sends to a process group.
                 start_new_session=True,
             )
@@ -275,18 +280,18 @@ async def _ended(process: subprocess.Popen[bytes]) -> int:
         return await asyncio.to_thread(process.wait)
 
 
-def _template_environment() -> dict[str, str]:
-    """Return the template's environment; it puts PYTHONPATH back once it has found this package."""
+def _template_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Add what the template itself needs; it puts PYTHONPATH back once it has found this package."""
     package_root = os.path.dirname(os.path.dirname(scaleout_mp.__file__))
     search_path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), package_root]))
-    return {**os.environ, **dict.fromkeys(pools.VARIABLES, "1"), "PYTHONPATH": search_path}
+    return {**environment, **dict.fromkeys(pools.VARIABLES, "1"), "PYTHONPATH": search_path}
 
 
 def _script_fields() -> dict[str, Any]:
     entries = []
     for entry in sys.path:
         try:
-            entries.append(os.fsencode(entry or os.getcwd()))
+            entries.append(os.fsencode(_from_anywhere(entry)))
         except (OSError, TypeError):
             # A folder that is gone, or something that only an import hook understands.
             continue
@@ -294,5 +299,16 @@ def _script_fields() -> dict[str, Any]:
     return {
         "search_path": entries,
         "main_file": None if main_file is None else os.fsencode(os.path.abspath(main_file)),
-        "python_path": os.environb.get(b"PYTHONPATH"),
+        "python_path": _python_path(),
     }
+
+
+def _python_path() -> bytes | None:
+    path = os.environ.get("PYTHONPATH")
+    return os.fsencode(os.pathsep.join(map(_from_anywhere, path.split(os.pathsep)))) if path else None
+
+
+def _from_anywhere(entry: str) -> str:
+    """Return an entry of the search path as it has to be for tasks, which stand elsewhere; "" is where we stand."""
+    # What is no file is the name of an import hook.
+    return os.path.abspath(entry) if not entry or os.path.exists(entry) else entry

@@ -7,6 +7,7 @@ import enum
 import logging
 import os
 import resource
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.sandbox import probe, process, seccomp, tree
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
 #: What may be reserved without being touched: stacks of threads count in full, and allocators take more than they use.
 _DATA_SLACK: Final = 1 << 30
+
+
+#: What programs ask for a place for temporary files.
+TEMP_VARIABLES: Final = ("TMPDIR", "TMP", "TEMP")
 
 
 class Level(enum.StrEnum):
@@ -72,6 +77,10 @@ class Confinement:
     memory_limit: int = 0
     #: Bytes of arguments that are mapped privately, which counts as data though it is shared until it is changed.
     handed_over: int = 0
+    #: The task's own folder, empty and writable, for its temporary files; empty: it has none.
+    scratch: str = ""
+    #: Where it starts; empty: where the template stands.
+    working_directory: str = ""
     #: The file by which a process joins the task's memory cgroup; empty: there is none.
     memory_group: str = ""
     #: Seconds of processor time of each process, rounded up; 0: none. The watchdog sums up the tree.
@@ -98,9 +107,21 @@ class Confinement:
         refuses a part that was found to work before: then no user code may run.
         """
         self._apply_limits()
+        self._enter_folders()
         # Last: it forbids what comes before.
         if own_filter is not None:
             seccomp.install(own_filter)
+
+    def _enter_folders(self) -> None:
+        if self.scratch:
+            for name in TEMP_VARIABLES:
+                os.environ[name] = self.scratch
+            tempfile = sys.modules.get("tempfile")
+            if tempfile is not None:
+                # It asks the variables once, which may have been in the template.
+                vars(tempfile)["tempdir"] = self.scratch
+        if self.working_directory:
+            os.chdir(self.working_directory)
 
     def _apply_limits(self) -> None:
         tree.wear_tag(self.tag)

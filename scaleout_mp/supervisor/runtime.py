@@ -9,7 +9,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from scaleout_mp.config import Limits, Settings
+from scaleout_mp.config import Limits, Settings, Surroundings
 from scaleout_mp.errors import AuthenticationError, CallbackNotSendable, ConfigError, NotConnectedError, ScaleoutError
 from scaleout_mp.executor.core import Sandbox, default_concurrency, sandbox_level
 from scaleout_mp.supervisor import connecting, messages
@@ -33,6 +33,7 @@ from scaleout_mp.transport.tokens import token_source
 from scaleout_mp.transport.transfer import ModelTransfer
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Mapping
 
     from google.protobuf.message import Message
@@ -66,11 +67,14 @@ class GrpcEdgeClientRuntime:
         max_concurrent_tasks: int | None = None,
         heartbeat_interval: float = 2.0,
         echo_output: bool = True,
+        scratch_folder: str | os.PathLike[str] | None = None,
+        working_directory: str | os.PathLike[str] | None = None,
     ) -> None:
         """Read what is not given from the environment.
 
         `limits` bound each task. `max_concurrent_tasks`: as many as there are processors, at least four.
-        `heartbeat_interval` is in seconds. `echo_output` shows what tasks print.
+        `heartbeat_interval` is in seconds. `echo_output` shows what tasks print. `scratch_folder` and
+        `working_directory` are as for TaskExecutor.
         """
         if not heartbeat_interval > 0:
             raise ConfigError(f"heartbeat_interval must be above 0 seconds, not {heartbeat_interval!r}")
@@ -87,6 +91,7 @@ class GrpcEdgeClientRuntime:
         self._max_concurrent_tasks = default_concurrency() if max_concurrent_tasks is None else max_concurrent_tasks
         self._heartbeat_interval = heartbeat_interval
         self._echo_output = echo_output
+        self._surroundings = Surroundings(scratch_folder=scratch_folder, working_directory=working_directory)
         self._options: GrpcConnectionOptions | None = None
         self._tokens: tuple[str, TokenSource] | None = None
         # Guards what other threads touch while `run` comes and goes.
@@ -227,6 +232,7 @@ class GrpcEdgeClientRuntime:
             max_concurrent_tasks=self._max_concurrent_tasks,
             heartbeat_interval=self._heartbeat_interval,
             echo_output=self._echo_output,
+            surroundings=self._surroundings,
             with_heartbeat=with_heartbeat,
             with_polling=with_polling,
         )

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from scaleout_mp.client import EdgeClient
-    from scaleout_mp.config import Limits, Settings
+    from scaleout_mp.config import Limits, Settings, Surroundings
     from scaleout_mp.executor.core import Sandbox
     from scaleout_mp.transport.calls import CombinerCalls
     from scaleout_mp.transport.outbox import MessageKind
@@ -71,6 +71,7 @@ class ServicePlan:
     max_concurrent_tasks: int
     heartbeat_interval: float
     echo_output: bool
+    surroundings: Surroundings
     with_heartbeat: bool
     with_polling: bool
 
@@ -89,6 +90,7 @@ class ClientService:
             sandbox=plan.sandbox,
             max_concurrent_tasks=plan.max_concurrent_tasks,
             echo_output=plan.echo_output,
+            surroundings=plan.surroundings,
         )
         self._outbox = Outbox(calls)
         self._book = TaskBook()

@@ -190,7 +190,7 @@ def _failure(error: BaseException) -> bytes:
     return frames.encode(
         Kind.FAILURE,
         kind.__name__[:256],
-        _describe(error)[:MAX_MESSAGE],
+        (_describe(error) + _where(error))[:MAX_MESSAGE],
         _format_traceback(error)[-MAX_TRACEBACK:],
         _refused(error),
     )
@@ -217,6 +217,14 @@ def _describe(error: BaseException) -> str:
         return str(error).encode("utf-8", "backslashreplace").decode()
     except Exception:  # noqa: BLE001 - a hostile __str__ must not hide the failure itself
         return f"<{type(error).__name__} whose message cannot be shown>"
+
+
+def _where(error: BaseException) -> str:
+    """Say where a relative path was looked for, which is not where the user's program stands."""
+    name = error.filename if isinstance(error, FileNotFoundError) else None
+    if not isinstance(name, str) or os.path.isabs(name) or os.environ.get("TMPDIR") != os.getcwd():
+        return ""
+    return ' in the task\'s scratch folder; working_directory="inherit" has tasks start where the program stands'
 
 
 def _format_traceback(error: BaseException) -> str:

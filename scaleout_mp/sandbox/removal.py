@@ -1,0 +1,143 @@
+"""Removes a folder whatever was left in it, and nothing else: without recursion, and through no link.
+
+A path can be nested deeper than any stack or descriptor table is long, and longer than the kernel takes. So no path is
+followed: what lies in a subfolder is unlinked, and folders in it are moved up, until nothing is below the top. Each
+folder is opened by its parent's descriptor, found to be one, and moved and emptied once. Facts: openat(2), rename(2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import secrets
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: Opens a folder, and never a link to one. With O_PATH it needs no permission on the folder itself.
+_FOLDER_ITSELF: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_USABLE: Final = 0o700
+
+
+@dataclasses.dataclass(kw_only=True)
+class Removal:
+    """One removal. It may take long, a second for some 100,000 files: run it on a thread."""
+
+    #: Asked between two entries; True ends the removal where it is.
+    give_up: Callable[[], bool] = lambda: False
+    #: The first thing that could not be removed, and why.
+    problem: OSError | None = None
+    _lifted: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))
+    _count: int = 0
+
+    def remove(self, name: str, folder: int) -> bool:
+        """Remove the entry `name` of the open `folder`, whatever it is; return whether it is gone."""
+        if self._unlink(name, folder):
+            return True
+        self._attempt(lambda: self._remove_folder(name, folder))
+        return not _is_there(name, folder)
+
+    def _remove_folder(self, name: str, folder: int) -> None:
+        top = _open_usable(name, folder)
+        try:
+            self._empty(top)
+        finally:
+            os.close(top)
+        if not self.give_up():
+            os.rmdir(name, dir_fd=folder)
+
+    def _unlink(self, name: str, folder: int) -> bool:
+        """Remove what is no folder, or an empty one. False: it is a folder with something in it, or it stays."""
+        try:
+            os.unlink(name, dir_fd=folder)
+        except FileNotFoundError:
+            return True
+        except IsADirectoryError:
+            try:
+                os.rmdir(name, dir_fd=folder)
+            except FileNotFoundError:
+                return True
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:
+                    self.problem = self.problem or error
+                return False
+        except OSError as error:
+            self.problem = self.problem or error
+            return False
+        return True
+
+    def _empty(self, top: int) -> None:
+        """Remove all that is in a folder; what cannot be removed stays, with all the rest gone."""
+        while not self.give_up():
+            before = self._count
+            removed = 0
+            with os.scandir(top) as entries:
+                for entry in entries:
+                    if self.give_up():
+                        return
+                    if self._unlink(entry.name, top):
+                        removed += 1
+                    elif entry.is_dir(follow_symlinks=False):
+                        removed += self._lift(entry.name, top)
+            if not removed and self._count == before:
+                return
+
+    def _lift(self, name: str, top: int) -> bool:
+        """Empty a subfolder of the top into the top, and remove it; return whether it is gone."""
+        try:
+            folder = _open_usable(name, top)
+        except OSError as error:
+            self.problem = self.problem or error
+            return False
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if self.give_up():
+                        return False
+                    if not self._unlink(entry.name, folder) and entry.is_dir(follow_symlinks=False):
+                        self._move_up(entry.name, folder, top)
+        finally:
+            os.close(folder)
+        # Names that the scan missed, because others went while it ran, are found by the next one over the top.
+        with contextlib.suppress(OSError):
+            os.rmdir(name, dir_fd=top)
+            return True
+        return False
+
+    def _move_up(self, name: str, folder: int, top: int) -> None:
+        def move() -> None:
+            # To move a folder is to write into it: its entry ".." changes.
+            os.close(_open_usable(name, folder))
+            os.rename(name, f"{self._lifted}-{self._count}", src_dir_fd=folder, dst_dir_fd=top)
+            self._count += 1
+
+        self._attempt(move)
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except OSError as error:
+            self.problem = self.problem or error
+
+
+def _open_usable(name: str, folder: int) -> int:
+    """Open a subfolder for reading, and see to it that this user may read and change it."""
+    itself = os.open(name, _FOLDER_ITSELF, dir_fd=folder)
+    try:
+        if os.fstat(itself).st_mode & _USABLE != _USABLE:
+            # Through the descriptor: by name it could be another file by now.
+            os.chmod(f"/proc/self/fd/{itself}", _USABLE)
+        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=itself)
+    finally:
+        os.close(itself)
+
+
+def _is_there(name: str, folder: int) -> bool:
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True

@@ -1,0 +1,159 @@
+"""What tasks do in and to their scratch folders. Imported in task processes by name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+from scaleout_mp.task import current_task
+
+
+def look_around():
+    """Say where this task is."""
+    scratch = os.environ["TMPDIR"]
+    code = "import os; print(os.environ['TMPDIR'], end='')"
+    return {
+        **{name: os.environ[name] for name in ("TMPDIR", "TMP", "TEMP")},
+        "tempfile": tempfile.gettempdir(),
+        "temp folder": os.listdir(scratch),
+        "mode": os.stat(scratch).st_mode,
+        "mode of base": os.stat(os.path.dirname(scratch)).st_mode,
+        "cwd": os.getcwd(),
+        "child's TMPDIR": subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout,
+    }
+
+
+def open_relative():
+    with open("data/train.npz") as file:
+        return file.read()
+
+
+# Each leaves something that is not easily removed; `beside` is a folder outside, which must stay as it is.
+
+
+def ordinary_files(beside):
+    with tempfile.NamedTemporaryFile(delete=False) as file:
+        file.write(b"x" * 100_000)
+    os.makedirs("a/b/c")
+    with open("a/b/c/file", "w"):
+        pass
+
+
+def deep_folders(beside):
+    for number in range(5000):
+        os.mkdir("d" * (1 + number % 200))
+        os.chdir("d" * (1 + number % 200))
+        if number % 500 == 0:
+            with open("file", "w"):
+                pass
+
+
+def many_files(beside):
+    for folder in range(20):
+        os.mkdir(f"{folder}")
+        for number in range(1000):
+            os.close(os.open(f"{folder}/{number}", os.O_CREAT | os.O_WRONLY))
+
+
+def links_to_outside(beside):
+    os.makedirs("a/b")
+    for place in (".", "a", "a/b"):
+        os.symlink(beside, f"{place}/folder")
+        os.symlink(f"{beside}/file", f"{place}/file")
+        os.symlink("..", f"{place}/up")
+    os.link(f"{beside}/file", "a/hard")
+
+
+def forbidding_permissions(beside):
+    for mode in (0o000, 0o100, 0o400, 0o500, 0o555):
+        os.makedirs(f"{mode:o}/a/b")
+        with open(f"{mode:o}/a/b/file", "w"):
+            pass
+        os.chmod(f"{mode:o}/a/b/file", 0)
+        for folder in (f"{mode:o}/a/b", f"{mode:o}/a", f"{mode:o}"):
+            os.chmod(folder, mode)
+    os.chmod(".", 0)
+
+
+def odd_names(beside):
+    for name in (b"\xff\xfe", b"-rf", b" ", b"new\nline", b"...", b"x" * 255, "ü".encode()):
+        os.mkdir(name)
+        os.mkdir(os.path.join(name, name))
+
+
+def other_kinds(beside):
+    import socket
+
+    os.mkfifo("pipe")
+    os.mkdir("a")
+    os.chdir("a")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind("socket")
+    os.symlink("nowhere", "dangling")
+
+
+def a_link_in_its_place(beside):
+    scratch = os.getcwd()
+    os.rmdir(scratch)
+    os.symlink(beside, scratch)
+
+
+def a_file_in_its_place(beside):
+    scratch = os.getcwd()
+    os.rmdir(scratch)
+    with open(scratch, "w"):
+        pass
+
+
+def gone(beside):
+    os.rmdir(os.getcwd())
+
+
+LITTER = (
+    ordinary_files,
+    deep_folders,
+    many_files,
+    links_to_outside,
+    forbidding_permissions,
+    odd_names,
+    other_kinds,
+    a_link_in_its_place,
+    a_file_in_its_place,
+    gone,
+)
+
+
+def _fill():
+    with open("data", "w") as file:
+        file.write("x")
+    current_task().log_metric({"ready": 1.0})
+
+
+def crash():
+    _fill()
+    os.abort()
+
+
+def hang():
+    _fill()
+    while True:
+        time.sleep(100)
+
+
+#: A program whose task stays at work; its argument is the scratch folder.
+SUPERVISOR = """
+import sys
+import scratch_programs
+from scaleout_mp import TaskExecutor
+
+with TaskExecutor(echo_output=False, scratch_folder=sys.argv[1]) as executor:
+    task = executor.submit(scratch_programs.hang)
+    next(task.records())
+    print("at work", flush=True)
+    task.result()
+"""
