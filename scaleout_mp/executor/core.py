@@ -13,7 +13,7 @@ from scaleout_mp.errors import ConfigError
 from scaleout_mp.executor.execution import Execution, ExecutionPlan
 from scaleout_mp.executor.output import OutputRelay
 from scaleout_mp.executor.scratch import ScratchKeeper
-from scaleout_mp.executor.template import StartMethod, TemplateLauncher
+from scaleout_mp.executor.template import StartMethod, TemplateLauncher, TemplatePlace
 from scaleout_mp.ipc import arguments
 from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
 from scaleout_mp.sandbox.cgroup import MemoryGroups, remove_left_over
@@ -80,7 +80,7 @@ class ExecutorCore:
             preload=preload,
             level=self._level,
             threads=self._limits.threads,
-            environment=self._environment,
+            place=self._template_place,
         )
         self._echo = echo_output
         self._relay = OutputRelay()
@@ -106,9 +106,11 @@ class ExecutorCore:
         except OSError as error:
             logger.debug("memory limits are kept by the watchdog: %s", error, extra={"action": "no_memory_cgroup"})
 
-    def _environment(self) -> dict[str, str]:
-        """Return the environment of a template that is started now."""
-        return {**os.environ, **dict.fromkeys(TEMP_VARIABLES, self._scratch.template_folder())}
+    def _template_place(self) -> TemplatePlace:
+        own_folder = self._scratch.template_folder()
+        return TemplatePlace(
+            environment={**os.environ, **dict.fromkeys(TEMP_VARIABLES, own_folder)}, scratch=self._scratch.folders.path
+        )
 
     def _start_folder(self, scratch: str) -> str:
         return self._surroundings.start_folder(scratch, inherit=self._level is Level.NONE)

@@ -36,6 +36,16 @@ _CLOSE_SECONDS: Final = 5.0
 _INLINE_CALLABLE: Final = 1 << 16
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TemplatePlace:
+    """What a template finds around it."""
+
+    #: Its environment, which tasks inherit.
+    environment: Mapping[str, str]
+    #: The folder that holds the scratch folders, for who is left when the supervisor is killed.
+    scratch: str
+
+
 @dataclasses.dataclass(kw_only=True)
 class _Life:
     """One template process, from its start to its death."""
@@ -61,13 +71,13 @@ class TemplateLauncher:
         preload: Sequence[str] = (),
         level: Level = Level.BASIC,
         threads: int | None = None,
-        environment: Callable[[], Mapping[str, str]] = lambda: os.environ,
+        place: Callable[[], TemplatePlace],
     ) -> None:
         """`threads` is the number that most tasks will want for numerical libraries; others cost a little more.
 
-        `environment` is asked for that of a template when it is started; tasks inherit it.
+        `place` is called whenever a template is started.
         """
-        self._environment = environment
+        self._place = place
         self._level = level
         self._threads = threads or wanted_threads()
         self._start_method = start_method
@@ -130,14 +140,15 @@ class TemplateLauncher:
     def _alive(self) -> _Life:
         if self._life is not None and self._life.channel.open:
             return self._life
+        place = self._place()
         ours, theirs = channel_pair()
         with theirs:
             # Through vfork and exec, never a plain fork: this process may have gRPC's threads.
             process = subprocess.Popen(
                 # -P: a module of the user's folder must not stand in for one of the standard library.
-                [sys.executable, "-P", "-m", "scaleout_mp.worker.template"],
+                [sys.executable, "-P", "-m", "scaleout_mp.worker.template", place.scratch],
                 stdin=theirs.fileno(),
-                env=_template_environment(self._environment()),
+                env=_template_environment(place.environment),
                 # Out of reach of what a terminal, or `timeout`, sends to a process group.
                 start_new_session=True,
             )

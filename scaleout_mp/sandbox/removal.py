@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import os
 import secrets
 from typing import TYPE_CHECKING, Final
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Opens a folder, and never a link to one. With O_PATH it needs no permission on the folder itself.
 _FOLDER_ITSELF: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: Opens a folder to be read and locked.
+OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _USABLE: Final = 0o700
 
 
@@ -123,6 +126,26 @@ class Removal:
             self.problem = self.problem or error
 
 
+def remove_ownerless(name: str, folder: int, give_up: Callable[[], bool]) -> None:
+    """Remove a subfolder of the open `folder` if it is this user's and nobody holds its lock."""
+    try:
+        subfolder = os.open(name, OPEN, dir_fd=folder)
+    except OSError:
+        # Of another user, a link, or gone.
+        return
+    try:
+        if os.fstat(subfolder).st_uid != os.geteuid():
+            return
+        try:
+            fcntl.flock(subfolder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            # Its owner lives. On a network file system this lock is always refused: nothing is removed there.
+            return
+        Removal(give_up=give_up).remove(name, folder)
+    finally:
+        os.close(subfolder)
+
+
 def _open_usable(name: str, folder: int) -> int:
     """Open a subfolder for reading, and see to it that this user may read and change it."""
     itself = os.open(name, _FOLDER_ITSELF, dir_fd=folder)
@@ -130,7 +153,7 @@ def _open_usable(name: str, folder: int) -> int:
         if os.fstat(itself).st_mode & _USABLE != _USABLE:
             # Through the descriptor: by name it could be another file by now.
             os.chmod(f"/proc/self/fd/{itself}", _USABLE)
-        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=itself)
+        return os.open(".", OPEN, dir_fd=itself)
     finally:
         os.close(itself)
 

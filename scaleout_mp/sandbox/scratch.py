@@ -18,13 +18,12 @@ import threading
 from typing import Final, Self
 
 from scaleout_mp.errors import ConfigError
-from scaleout_mp.sandbox.removal import Removal
+from scaleout_mp.sandbox.removal import OPEN, Removal, remove_ownerless
 
 logger = logging.getLogger(__name__)
 
 #: Short: programs put sockets below it, whose path may have 107 bytes.
 _PREFIX: Final = "scaleout-mp-"
-_OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _TRIES: Final = 100
 
 
@@ -116,34 +115,16 @@ class ScratchFolders:
 
     def remove_left_over(self) -> None:
         """Remove the bases that other supervisors of this user left beside this one when they were killed."""
-        parent = os.open(self._parent, _OPEN)
+        parent = os.open(self._parent, OPEN)
         try:
             with os.scandir(parent) as entries:
                 names = [entry.name for entry in entries if entry.name.startswith(_PREFIX)]
             for name in names:
                 if self._giving_up.is_set():
                     return
-                self._remove_if_left(name, parent)
+                remove_ownerless(name, parent, self._giving_up.is_set)
         finally:
             os.close(parent)
-
-    def _remove_if_left(self, name: str, parent: int) -> None:
-        try:
-            folder = os.open(name, _OPEN, dir_fd=parent)
-        except OSError:
-            # Of another user, a link, or gone.
-            return
-        try:
-            if os.fstat(folder).st_uid != os.geteuid():
-                return
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                # Its owner lives. On a network file system this lock is always refused: nothing is removed there.
-                return
-            Removal(give_up=self._giving_up.is_set).remove(name, parent)
-        finally:
-            os.close(folder)
 
     def give_up(self) -> None:
         """End the removals that run, here and on other threads. What is left goes with the next supervisor's start."""
@@ -151,7 +132,7 @@ class ScratchFolders:
 
     def close(self) -> None:
         """Remove the base with whatever is still in it. Call it once, at the end."""
-        parent = os.open(self._parent, _OPEN)
+        parent = os.open(self._parent, OPEN)
         try:
             if _is_at(self._folder, self._path):
                 Removal(give_up=self._giving_up.is_set).remove(os.path.basename(self._path), parent)
@@ -170,7 +151,7 @@ def _make_locked(parent: str) -> tuple[str, int]:
             continue
         folder = -1
         try:
-            folder = os.open(path, _OPEN)
+            folder = os.open(path, OPEN)
             # Shared: on a network file system the other kind needs a file that is open for writing.
             fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
             if _is_at(folder, path):

@@ -10,22 +10,30 @@ import contextlib
 import os
 import select
 import signal
+import time
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from scaleout_mp.sandbox import process
+from scaleout_mp.sandbox.removal import OPEN, remove_ownerless
 
 if TYPE_CHECKING:
     import socket
 
 #: Seconds between two rounds of killing: the dead have to be gone before their children show.
 _ROUND: Final = 0.001
+#: Seconds for removing what a dead supervisor's tasks wrote; what is left then goes with the next one's start.
+_REMOVAL: Final = 0.5
 
 
 class Guardian:
     """State of the guardian."""
 
-    def __init__(self, channel: socket.socket, supervisor: int) -> None:
-        """Watch over what is forked from now on. `supervisor` is the pid of the parent."""
+    def __init__(self, channel: socket.socket, supervisor: int, scratch: str) -> None:
+        """Watch over what is forked from now on.
+
+        `supervisor` is the pid of the parent, `scratch` the folder that holds its tasks' scratch folders.
+        """
+        self._scratch = scratch
         self._channel = channel
         self._supervisor = os.pidfd_open(supervisor)
         self._wakeup, self._wakeup_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -52,6 +60,8 @@ class Guardian:
             if ready - {self._wakeup}:
                 break
         _end_everything()
+        if select.select([self._supervisor], [], [], 0)[0]:
+            _clear_away(self._scratch)
         _end_like(status)
 
 
@@ -78,6 +88,15 @@ def _end_everything() -> None:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
+
+
+def _clear_away(scratch: str) -> None:
+    """Remove a dead supervisor's scratch folders."""
+    deadline = time.monotonic() + _REMOVAL
+    parent, name = os.path.split(scratch)
+    with contextlib.suppress(OSError):
+        folder = os.open(parent, OPEN)
+        remove_ownerless(name, folder, lambda: time.monotonic() > deadline)
 
 
 def _end_like(status: int | None) -> NoReturn:

@@ -114,7 +114,7 @@ def test_a_base_that_was_cleared_away_is_made_anew(base):
         assert os.path.dirname(os.path.dirname(seen["TMPDIR"])) == str(base)
 
 
-def test_what_a_killed_supervisor_left_goes_with_the_next_start(base):
+def test_what_a_killed_supervisor_left_goes(base):
     command = [sys.executable, "-c", programs.SUPERVISOR, str(base)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as supervisor:
@@ -125,9 +125,20 @@ def test_what_a_killed_supervisor_left_goes_with_the_next_start(base):
         # It lives: what is its own stays.
         assert (left / "data").exists()
         supervisor.kill()
+        # The guardian outlives it.
+        wait_until(lambda: not left.parent.exists(), what="the folder of the killed supervisor is gone")
+
+
+def test_what_supervisor_and_guardian_left_goes_with_the_next_start(base):
+    left = base / "scaleout-mp-0123abcd"
+    (left / "7" / "folder").mkdir(parents=True)
+    (left / "7" / "folder" / "file").write_text("x")
+    link = base / "scaleout-mp-link"
+    link.symlink_to(left.parent.parent)
     with TaskExecutor(echo_output=False, scratch_folder=base) as executor:
         executor.submit(programs.look_around).result(20)
-        wait_until(lambda: not left.parent.exists(), what="the left folder is gone")
+        wait_until(lambda: not left.exists(), what="the left folder is gone")
+    link.unlink()
 
 
 def test_a_file_that_is_not_found_from_there_is_explained(base, start_method):
