@@ -1,8 +1,9 @@
 """The template: a clean interpreter that loads callables once and forks a process for each task that asks for one.
 
 Run as `python -m scaleout_mp.worker.template SCRATCH`, with its control channel as standard input and the folder of
-the tasks' scratch folders as argument. Single-threaded, and silent unless asked. It adopts the orphans of its tasks, and when the supervisor is gone it ends every process that it
-ever started and then itself. With `start_method` "spawn" it loads nothing and starts a fresh interpreter per task.
+the tasks' scratch folders as argument. Single-threaded, and silent unless asked. It adopts the orphans of its tasks,
+and when the supervisor is gone it ends every process that it ever started and then itself. With `start_method` "spawn"
+it loads nothing and starts a fresh interpreter per task.
 """
 
 from __future__ import annotations
