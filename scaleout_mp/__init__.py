@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from scaleout_mp.errors import TaskRefused as TaskRefused
     from scaleout_mp.executor import Task as Task
     from scaleout_mp.executor import TaskExecutor as TaskExecutor
+    from scaleout_mp.executor import Worker as Worker
     from scaleout_mp.model import ScaleoutModel as ScaleoutModel
     from scaleout_mp.model import ScaleoutModelBuilder as ScaleoutModelBuilder
     from scaleout_mp.supervisor import GrpcEdgeClientRuntime as GrpcEdgeClientRuntime
@@ -63,6 +64,7 @@ _HOME = {
     "TaskFailed": "errors",
     "TaskKilled": "errors",
     "TaskRefused": "errors",
+    "Worker": "executor",
     "current_task": "task",
 }
 

@@ -158,6 +158,8 @@ class ExitReport:
     stopped_by: StopStage | None = None
     #: How the process was started: "template" or "spawn".
     start_method: str | None = None
+    #: Name of the worker that ran it, a process that keeps its state between tasks; None: a process of its own.
+    worker: str | None = None
     #: What else is worth knowing, such as descendants that had to be killed.
     notes: tuple[str, ...] = ()
 

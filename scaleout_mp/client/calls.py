@@ -78,6 +78,18 @@ class CustomCall:
         return _checked_json(returned, f"custom callback {callback_name(self.callback)}", "result")
 
 
+@dataclasses.dataclass(frozen=True)
+class CallbackSet:
+    """All callbacks of a client as one object: those that are methods of one object share it in the worker."""
+
+    #: What calls the callback of each task type.
+    calls: Mapping[str, Callable[..., Any]]
+
+    def __call__(self, task_type: str, *args: Any) -> Any:
+        """Call the callback for a task of this type."""
+        return self.calls[task_type](*args)
+
+
 def _checked_update(returned: Any, who: str) -> tuple[ScaleoutModel, dict[str, Any]]:
     from scaleout_mp.model import ScaleoutModel
 

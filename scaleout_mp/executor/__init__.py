@@ -3,7 +3,9 @@
 from scaleout_mp.executor.core import ExecutorCore
 from scaleout_mp.executor.execution import Execution, Outcome
 from scaleout_mp.executor.launcher import Child, Exited, Launcher, Started, StartOrder
+from scaleout_mp.executor.residents import SetUp, WorkerSpec
 from scaleout_mp.executor.task_executor import Task, TaskExecutor
+from scaleout_mp.executor.worker_handle import Worker
 from scaleout_mp.ipc.arguments import PreparedCallable
 
 __all__ = [
@@ -14,8 +16,11 @@ __all__ = [
     "Launcher",
     "Outcome",
     "PreparedCallable",
+    "SetUp",
     "StartOrder",
     "Started",
     "Task",
     "TaskExecutor",
+    "Worker",
+    "WorkerSpec",
 ]

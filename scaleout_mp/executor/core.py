@@ -12,6 +12,8 @@ from scaleout_mp.config import Limits, Surroundings
 from scaleout_mp.errors import ConfigError
 from scaleout_mp.executor.execution import Execution, ExecutionPlan
 from scaleout_mp.executor.output import OutputRelay
+from scaleout_mp.executor.resident_execution import ResidentExecution
+from scaleout_mp.executor.residents import ResidentPool
 from scaleout_mp.executor.scratch import ScratchKeeper
 from scaleout_mp.executor.template import StartMethod, TemplateLauncher, TemplatePlace
 from scaleout_mp.ipc import arguments
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from scaleout_mp.executor.launcher import Launcher
+    from scaleout_mp.executor.residents import WorkerSpec
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +88,8 @@ class ExecutorCore:
         self._echo = echo_output
         self._relay = OutputRelay()
         self._slots = asyncio.Semaphore(most)
+        self._seats: dict[str, asyncio.Semaphore] = {}
+        self._residents = ResidentPool()
         self._running: dict[Execution, asyncio.Task[None]] = {}
         self._groups: MemoryGroups | None = None
         self._closing = False
@@ -128,11 +133,12 @@ class ExecutorCore:
         task_id: str | None = None,
         name: str | None = None,
         limits: Limits | None = None,
+        worker: WorkerSpec | None = None,
         on_record: Callable[[Record], None] | None = None,
         on_state: Callable[[TaskState], None] | None = None,
         **kwargs: Any,
     ) -> Execution:
-        """Order a task; it starts when its turn comes.
+        """Order a task; it starts when its turn comes, in a process of its own or in a worker.
 
         `on_record` gets what the task logs, in order and before the outcome; `on_state` each state after PENDING.
         Raises CallbackNotSendable and ValueNotSendable.
@@ -144,6 +150,7 @@ class ExecutorCore:
             task_id=task_id,
             name=name,
             limits=limits,
+            worker=worker,
             on_record=on_record,
             on_state=on_state,
         )
@@ -156,6 +163,7 @@ class ExecutorCore:
         task_id: str | None = None,
         name: str | None = None,
         limits: Limits | None = None,
+        worker: WorkerSpec | None = None,
         on_record: Callable[[Record], None] | None = None,
         on_state: Callable[[TaskState], None] | None = None,
     ) -> Execution:
@@ -173,16 +181,41 @@ class ExecutorCore:
             memory_groups=self._groups,
             scratch=self._scratch,
             start_folder=self._start_folder,
+            worker=worker,
             on_record=on_record,
             on_state=on_state,
         )
-        execution = Execution(plan, self._launcher, self._relay, echo=self._echo)
+        execution = self._execution(plan)
         task = asyncio.get_running_loop().create_task(self._run(execution), name=f"task {plan.task_id}")
         self._running[execution] = task
         task.add_done_callback(lambda _: self._running.pop(execution, None))
         return execution
 
+    def _execution(self, plan: ExecutionPlan) -> Execution:
+        if plan.worker is None:
+            return Execution(plan, self._launcher, self._relay, echo=self._echo)
+        return ResidentExecution(plan, self._launcher, self._relay, echo=self._echo, pool=self._residents)
+
+    def retire_worker(self, name: str) -> None:
+        """End the processes of a worker that have nothing to do: they are not needed any more."""
+        self._residents.retire(name)
+
     async def _run(self, execution: Execution) -> None:
+        worker = execution.worker
+        if worker is None:
+            await self._run_in_slot(execution)
+            return
+        seats = self._seats.setdefault(worker.name, asyncio.Semaphore(worker.processes))
+        turn = asyncio.ensure_future(seats.acquire())
+        try:
+            first: list[asyncio.Future[Any]] = [turn, execution.stop_requested]
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            await self._run_in_slot(execution)
+        finally:
+            if not turn.cancel() and not turn.cancelled():
+                seats.release()
+
+    async def _run_in_slot(self, execution: Execution) -> None:
         if not self._slots.locked():
             async with self._slots:
                 await execution.run()
@@ -212,6 +245,7 @@ class ExecutorCore:
             if kill:
                 execution.kill()
         await self.wait_idle()
+        await self._residents.aclose()
         await self._launcher.close()
         await self._let_go(at_once=kill)
         self._relay.close()

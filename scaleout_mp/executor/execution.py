@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from scaleout_mp.config import Limits
     from scaleout_mp.executor.output import OutputRelay
+    from scaleout_mp.executor.residents import WorkerSpec
     from scaleout_mp.executor.scratch import ScratchKeeper
     from scaleout_mp.executor.watchdog import TreeWatch
     from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
@@ -85,6 +86,8 @@ class ExecutionPlan:
     scratch: ScratchKeeper
     #: Where a task with that scratch folder starts, see `Confinement.working_directory`.
     start_folder: Callable[[str], str]
+    #: The worker that runs it; None: a process of its own.
+    worker: WorkerSpec | None = None
     on_record: Callable[[Record], None] | None = None
     on_state: Callable[[TaskState], None] | None = None
 
@@ -126,6 +129,11 @@ class Execution:
     def task_id(self) -> str:
         """The id of the task."""
         return self._plan.task_id
+
+    @property
+    def worker(self) -> WorkerSpec | None:
+        """The worker that runs it; None: a process of its own."""
+        return self._plan.worker
 
     @property
     def name(self) -> str:
@@ -189,8 +197,7 @@ class Execution:
         try:
             if self._evidence.stop is None:
                 self._advance(TaskState.STARTING)
-                self._start()
-                await self._see_through()
+                await self._live()
         except OSError as error:
             # No descriptors or no memory for them: this machine is full, which the report says.
             self._evidence.launcher_problem = f"cannot start a task: {error}"
@@ -203,6 +210,10 @@ class Execution:
                 self._evidence.wall_seconds = self._loop.time() - started_at
                 self._finish()
 
+    async def _live(self) -> None:
+        self._start()
+        await self._see_through()
+
     async def _tidy_up(self) -> None:
         if self._watches is not None:
             self._watches.close()
@@ -211,8 +222,13 @@ class Execution:
         if self._lines is not None:
             self._evidence.stdout_tail, self._evidence.stderr_tail = self._lines.output()
             self._evidence.output_lost = self._lines.output_lost
-            self._lines.close()
         self._plan.arguments.close()
+        await self._leave_process()
+
+    async def _leave_process(self) -> None:
+        """Give back what the process had; it is gone."""
+        if self._lines is not None:
+            self._lines.close()
         if self._group is not None:
             await asyncio.to_thread(self._group.remove)
         if self._scratch:
@@ -228,10 +244,7 @@ class Execution:
         )
         # The task waits in the channel before its process exists: nothing is left to ask for after the fork.
         packed = plan.arguments
-        lines.channel.send(
-            frames.encode(Kind.TASK, plan.task_id, packed.table, descriptors=len(packed.descriptors)),
-            packed.descriptors,
-        )
+        self._send_task(lines)
         order = StartOrder(
             task_id=plan.task_id,
             call=plan.call,
@@ -247,6 +260,13 @@ class Execution:
         )
         self._child = self._launcher.start(order)
         lines.passed_on()
+
+    def _send_task(self, lines: TaskLines) -> None:
+        packed = self._plan.arguments
+        lines.channel.send(
+            frames.encode(Kind.TASK, self.task_id, packed.table, descriptors=len(packed.descriptors)),
+            packed.descriptors,
+        )
 
     def _confinement(self) -> Confinement:
         limits, groups = self._plan.limits, self._plan.memory_groups
@@ -280,11 +300,8 @@ class Execution:
             self._evidence.start_method = started.method
             if self._life.state is TaskState.STARTING:
                 self._advance(TaskState.RUNNING)
-            watches.process_runs(started.pid)
-            exited = await child.exited
-            self._evidence.exited = exited
-            self._evidence.killed_by_kernel = watches.tree is not None and watches.tree.killed_by_kernel()
-            strays = exited.strays
+            self._watch_process(watches, started.pid)
+            strays = await self._until_gone(child)
         except LauncherError as error:
             self._evidence.launcher_problem = str(error)
         if self._stopping is not None:
@@ -295,6 +312,16 @@ class Execution:
         lines.channel.drain()
         if self._reading is not None:
             await asyncio.wait([self._reading])
+
+    def _watch_process(self, watches: Watches, pid: int) -> None:
+        watches.process_runs(pid)
+
+    async def _until_gone(self, child: Child) -> bool:
+        """Wait for the end of the task's process; return whether its tree may have left something."""
+        exited = await child.exited
+        self._evidence.exited = exited
+        self._evidence.killed_by_kernel = self._tree is not None and self._tree.killed_by_kernel()
+        return exited.strays
 
     # --- Stopping --------------------------------------------------------------------------------------------------
 
@@ -338,12 +365,16 @@ class Execution:
         await ladder.climb(
             tag=self._tag,
             grace=grace,
-            ask=lambda: lines.channel.send(frames.encode(Kind.ABORT, abort_text)),
+            ask=lambda: lines.channel.send(frames.encode(Kind.ABORT, abort_text, self.task_id)),
             not_heeded=self._take_stacks,
-            gone=child.exited,
+            gone=self._gone(child),
             hurry=self._hurry,
             on_stage=self._on_stage,
         )
+
+    def _gone(self, child: Child) -> asyncio.Future[Any]:
+        """Return what is done once the task needs no further stopping."""
+        return child.exited
 
     async def _take_stacks(self) -> None:
         """Note where the task is, once: later it is on its way out, or gone."""

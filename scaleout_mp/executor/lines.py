@@ -67,6 +67,20 @@ class TaskLines:
         close_all(self._theirs)
         self._theirs.clear()
 
+    def serve(
+        self,
+        *,
+        on_frame: Callable[[Frame], None],
+        on_closed: Callable[[ProtocolViolation | None], None],
+        output_size: int,
+    ) -> None:
+        """Turn to the next task of a process that serves several: what comes from now on is its own."""
+        self.channel.serve(on_frame, on_closed)
+        for tail in self._tails:
+            # What threads or children of an earlier task printed since.
+            tail.drain()
+            tail.restart(kept=output_size)
+
     async def take_stacks(self, pid: int, tag: int) -> str | None:
         """Return the Python stacks of all threads of a process at this moment; None when it does not answer.
 

@@ -137,6 +137,12 @@ class OutputTail:
             if not self._open or not self._read():
                 return
 
+    def restart(self, *, kept: int) -> None:
+        """Forget what came so far: the process serves another task. Keep the last `kept` bytes of that."""
+        self._most = kept
+        self._kept.clear()
+        self.lost = 0
+
     def close(self) -> None:
         """Stop reading."""
         if self._open:

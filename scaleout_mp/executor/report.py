@@ -42,6 +42,14 @@ class Evidence:
     has_result: bool = False
     failure: Failure | None = None
     exited: Exited | None = None
+    #: Name of the long-lived process that ran it; None: one of its own.
+    worker: str | None = None
+    #: Whether that process goes on to serve other tasks.
+    worker_stays: bool = False
+    #: How the first call of a new process of that worker ended, when it did not complete.
+    set_up: ExitReport | None = None
+    #: Seconds of processor time, where the process did not work for this task alone.
+    cpu_seconds: float | None = None
     #: The kernel killed a process of the tree because the tree was at its limit.
     killed_by_kernel: bool = False
     #: What the launcher said when it could not start the process, or lost it.
@@ -71,6 +79,14 @@ def readable_size(size: float) -> str:
 
 def make_report(seen: Evidence) -> ExitReport:
     """Return the one report of a task's end."""
+    if seen.set_up is not None and seen.stop is None:
+        return dataclasses.replace(
+            seen.set_up,
+            task_id=seen.task_id,
+            name=seen.name,
+            message=f"its worker could not be set up: {seen.set_up.name} {seen.set_up.message}",
+            wall_seconds=seen.wall_seconds,
+        )
     reason, message = _conclude(seen)
     code = None if seen.exited is None else seen.exited.code
     return ExitReport(
@@ -86,15 +102,22 @@ def make_report(seen: Evidence) -> ExitReport:
         peak_memory=seen.peak_memory or None,
         max_rss=None if seen.exited is None else seen.exited.max_rss,
         wall_seconds=seen.wall_seconds,
-        cpu_seconds=None if seen.exited is None else seen.exited.cpu_seconds,
+        cpu_seconds=_cpu_seconds(seen),
         last_step=seen.last_step,
         stacks=seen.stacks,
         stdout_tail=seen.stdout_tail,
         stderr_tail=seen.stderr_tail,
         stopped_by=seen.stopped_by,
         start_method=seen.start_method,
+        worker=seen.worker,
         notes=_notes(seen, reason, code),
     )
+
+
+def _cpu_seconds(seen: Evidence) -> float | None:
+    if seen.worker is not None:
+        return seen.cpu_seconds
+    return None if seen.exited is None else seen.exited.cpu_seconds
 
 
 def _conclude(seen: Evidence) -> tuple[EndReason, str]:
@@ -152,6 +175,8 @@ def _crash_message(seen: Evidence) -> str:
 
 
 def _how_it_went(seen: Evidence) -> str:
+    if seen.worker_stays:
+        return "it ended by itself"
     if seen.exited is None:
         return "it was never started" if seen.start_method is None else "its launcher was lost"
     if seen.stopped_by is StopStage.SIGKILL:
@@ -179,6 +204,8 @@ def _traceback(seen: Evidence) -> str | None:
 
 def _notes(seen: Evidence, reason: EndReason, code: int | None) -> tuple[str, ...]:
     notes = []
+    if seen.worker is not None and seen.start_method is not None and not seen.worker_stays:
+        notes.append(f"worker {seen.worker} went with it, and what it held: the next task gets a fresh one")
     if seen.strays_killed:
         plural = "es" if seen.strays_killed > 1 else ""
         notes.append(f"{seen.strays_killed} process{plural} that it left behind had to be killed")

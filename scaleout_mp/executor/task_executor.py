@@ -11,17 +11,22 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from scaleout_mp.config import Surroundings
 from scaleout_mp.executor.core import PRELOAD, ExecutorCore
+from scaleout_mp.executor.residents import IDLE_SECONDS
+from scaleout_mp.executor.worker_handle import Worker, WorkerOptions, check_isolation, pack_set_up
 from scaleout_mp.ipc import arguments
 from scaleout_mp.task import AbortOrigin, ExitReport, Record, TaskState
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from scaleout_mp.config import Limits
     from scaleout_mp.executor.core import Sandbox
     from scaleout_mp.executor.execution import Execution, Outcome
+    from scaleout_mp.executor.residents import WorkerSpec
     from scaleout_mp.executor.template import StartMethod
+    from scaleout_mp.executor.worker_handle import Isolation
+    from scaleout_mp.ipc.arguments import PreparedCallable
 
 #: Records of one task that wait for `Task.records`; past it the oldest go.
 _MOST_RECORDS: Final = 1_000_000
@@ -128,9 +133,10 @@ class TaskExecutor:
     """Runs callables in processes of their own, with limits, and says how each one ended.
 
     Use it as a context manager; on the way out it waits for running tasks, or aborts them after an exception.
-    `limits` are the default of every task. `start_method` is "template" (fork from a warm interpreter, about a
-    millisecond) or "spawn" (a fresh interpreter each time). `sandbox` is "auto", "none" or "basic",
-    see docs/security.md. `preload` names modules that the template imports once.
+    `limits` are the default of every task. `isolation` is "task" (a fresh process for each) or "worker" (for each
+    callable one that stays and keeps its state), see docs/isolation.md. `start_method` is "template" (fork from a warm
+    interpreter, about a millisecond) or "spawn" (a fresh interpreter each time). `sandbox` is "auto", "none" or
+    "basic", see docs/security.md. `preload` names modules that the template imports once.
     `echo_output` passes on what tasks print. A task starts in an empty folder of its own, which goes with it;
     `scratch_folder` is where these folders are made, and `working_directory` where tasks start instead: "inherit",
     where the program stands, or a path.
@@ -143,6 +149,7 @@ class TaskExecutor:
         start_method: StartMethod = "template",
         sandbox: Sandbox = "auto",
         preload: Sequence[str] = PRELOAD,
+        isolation: Isolation = "task",
         max_concurrent_tasks: int | None = None,
         echo_output: bool = True,
         scratch_folder: str | os.PathLike[str] | None = None,
@@ -157,6 +164,9 @@ class TaskExecutor:
             echo_output=echo_output,
             surroundings=Surroundings(scratch_folder=scratch_folder, working_directory=working_directory),
         )
+        check_isolation(isolation)
+        self._isolation = isolation
+        self._workers: list[Worker] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -176,9 +186,13 @@ class TaskExecutor:
         *args: Any,
         limits: Limits | None = None,
         name: str | None = None,
+        worker: str | Worker | None = None,
         **kwargs: Any,
     ) -> Task:
-        """Order a task: `function(*args, **kwargs)` in a process of its own.
+        """Order a task: `function(*args, **kwargs)` in a process of its own, or in the one of a worker.
+
+        `worker` is the name of a process that stays: it runs its tasks in order and keeps what they leave in it. With
+        `isolation="worker"` each callable has one that is named after it.
 
         Arguments may be models, which are handed over without a copy, and whatever pickles. The callable returns
         models, numpy arrays, numbers, strings, and lists, tuples and dicts of them. Raises CallbackNotSendable,
@@ -188,6 +202,7 @@ class TaskExecutor:
         # Pickled here: a large closure must not hold up the loop, and errors belong to the caller.
         call = arguments.prepare(function)
         packed = arguments.pack(args, kwargs)
+        spec = self._worker_spec(worker, call)
         task = Task(loop, uuid.uuid4().hex, name or call.name)
 
         def begin() -> None:
@@ -199,6 +214,7 @@ class TaskExecutor:
                         task_id=task.task_id,
                         name=task.name,
                         limits=limits,
+                        worker=spec,
                         on_record=task._on_record,  # noqa: SLF001
                     )
                 )
@@ -209,6 +225,41 @@ class TaskExecutor:
         # Nobody waits for it: a switch of threads here would cost a tenth of the task's start.
         loop.call_soon_threadsafe(begin)
         return task
+
+    def worker(
+        self,
+        name: str,
+        *,
+        set_up: Callable[..., Any] | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        limits: Limits | None = None,
+        processes: int = 1,
+        idle_time: float | str | None = IDLE_SECONDS,
+    ) -> Worker:
+        """Return a worker, which starts with its first task and, before that, calls `set_up(*args, **kwargs)`.
+
+        `limits` hold for its processes and its tasks. `processes` tasks may run at once, each in a process with state
+        of its own. `idle_time` is the time without a task, in seconds or as "10m", after which one is ended; None:
+        never. Raises ConfigError, CallbackNotSendable and ValueNotSendable.
+        """
+        options = WorkerOptions(name=name, processes=processes, idle_time=idle_time)
+        made = Worker(self, options.spec(pack_set_up(set_up, args, kwargs)), limits)
+        with self._lock:
+            self._workers.append(made)
+        return made
+
+    def retire_worker(self, name: str) -> None:
+        """End the processes of a worker that have nothing to do."""
+        if self._loop is not None and not self._closed:
+            self._loop.call_soon_threadsafe(self._core.retire_worker, name)
+
+    def _worker_spec(self, worker: str | Worker | None, call: PreparedCallable) -> WorkerSpec | None:
+        if isinstance(worker, Worker):
+            return worker.spec
+        if worker is None and self._isolation == "task":
+            return None
+        return WorkerOptions(name=call.name if worker is None else worker).spec()
 
     def shutdown(self, *, abort: bool = False) -> None:
         """Wait for running tasks, or abort them first, and end the template. Later calls do nothing."""
@@ -228,6 +279,8 @@ class TaskExecutor:
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
+            for worker in self._workers:
+                worker.close()
 
     def _stop_tasks(self) -> None:
         assert self._loop is not None

@@ -104,7 +104,7 @@ class TemplateLauncher:
             # Whoever waits gets the error; when nobody does, it is not news.
             future.add_done_callback(lambda done: done.cancelled() or done.exception())
         life.children[order.task_id] = child
-        self._send_callable(life, order.call)
+        send_callable(life.channel, life.keys, order.call)
         life.channel.send(
             frames.encode(
                 Kind.START,
@@ -116,24 +116,6 @@ class TemplateLauncher:
             order.descriptors,
         )
         return child
-
-    @staticmethod
-    def _send_callable(life: _Life, call: PreparedCallable) -> None:
-        if call.key in life.keys:
-            return
-        life.keys[call.key] = call.name
-        while len(life.keys) > MAX_LOADED:
-            del life.keys[next(iter(life.keys))]
-        if len(call.pickled) <= _INLINE_CALLABLE:
-            life.channel.send(frames.encode(Kind.LOAD, call.key, call.pickled))
-            return
-        descriptor = os.memfd_create("scaleout-callable", os.MFD_CLOEXEC)
-        with open(descriptor, "r+b", buffering=0) as file:
-            view = memoryview(call.pickled)
-            while view:
-                view = view[file.write(view) :]
-            file.seek(0)
-            life.channel.send(frames.encode(Kind.LOAD, call.key, None, descriptors=1), [descriptor])
 
     # --- The process -----------------------------------------------------------------------------------------------
 
@@ -279,6 +261,25 @@ class TemplateLauncher:
             await _ended(life.process)
         while self._burials:
             await asyncio.wait(set(self._burials))
+
+
+def send_callable(channel: SupervisorChannel, keys: dict[str, str], call: PreparedCallable) -> None:
+    """Have the other end load a callable, unless it is among the `keys` that it holds; it drops them as we do."""
+    if call.key in keys:
+        return
+    keys[call.key] = call.name
+    while len(keys) > MAX_LOADED:
+        del keys[next(iter(keys))]
+    if len(call.pickled) <= _INLINE_CALLABLE:
+        channel.send(frames.encode(Kind.LOAD, call.key, call.pickled))
+        return
+    descriptor = os.memfd_create("scaleout-callable", os.MFD_CLOEXEC)
+    with open(descriptor, "r+b", buffering=0) as file:
+        view = memoryview(call.pickled)
+        while view:
+            view = view[file.write(view) :]
+        file.seek(0)
+        channel.send(frames.encode(Kind.LOAD, call.key, None, descriptors=1), [descriptor])
 
 
 async def _ended(process: subprocess.Popen[bytes]) -> int:

@@ -38,6 +38,8 @@ class TreeWatch:
     #: Bytes of models that were handed over: shared pages that are not the task's doing.
     shared: int = 0
     cpu_limit: float | None = None
+    #: Seconds that the tree had used before what is watched began.
+    cpu_before: float = 0.0
     pids_limit: int | None = None
     #: The kernel's own count of memory, where there is one: it also kills.
     group: MemoryGroup | None = None
@@ -114,7 +116,7 @@ class TreeWatch:
             return None
         use = memory.processor_use(pids)
         # Orphans take their time with them when they end: the largest sum seen is the truest.
-        self.cpu = max(self.cpu, use.seconds)
+        self.cpu = max(self.cpu, use.seconds - self.cpu_before)
         if self.cpu_limit is not None and self.cpu > self.cpu_limit:
             text = f"used more than its {self.cpu_limit:g} s of processor time"
             return StopCause(reason=EndReason.CPU_TIME, message=text)

@@ -46,14 +46,15 @@ class Watches:
         self.tree: TreeWatch | None = None
         self._run(self._watch_clock())
 
-    def process_runs(self, pid: int) -> None:
-        """Watch the tree below a process."""
+    def process_runs(self, pid: int, *, cpu_before: float = 0.0) -> None:
+        """Watch the tree below a process, which had used so many seconds of processor time before."""
         self.tree = TreeWatch(
             pid=pid,
             tag=self._tag,
             memory_limit=self._limits.memory_bytes,
             shared=self._shared,
             cpu_limit=self._limits.seconds("cpu_time"),
+            cpu_before=cpu_before,
             pids_limit=self._limits.pids,
             group=self._group,
         )

@@ -124,6 +124,10 @@ class PackedArguments:
     #: Bytes of the arguments themselves that travel in a memfd.
     memory_bytes: int
 
+    def copy(self) -> Self:
+        """Return the same again, to be sent a second time. Raises OSError."""
+        return dataclasses.replace(self, descriptors=[os.dup(descriptor) for descriptor in self.descriptors])
+
     def close(self) -> None:
         """Free what was made for sending; the models are left alone."""
         close_all(self.descriptors)

@@ -43,6 +43,11 @@ class SupervisorChannel:
         self._open = True
         self._loop.add_reader(sock.fileno(), self._read)
 
+    def serve(self, on_frame: Callable[[Frame], None], on_closed: Callable[[ProtocolViolation | None], None]) -> None:
+        """Have other functions called from now on: the process serves another task."""
+        self._on_frame = on_frame
+        self._on_closed = on_closed
+
     @property
     def open(self) -> bool:
         """Whether frames can still arrive."""

@@ -91,6 +91,8 @@ class Confinement:
     file_size: int | None = None
     #: Threads of BLAS and OpenMP pools.
     threads: int = 1
+    #: Whether the process serves one task after the other, and not just one.
+    resident: bool = False
     #: Seconds between two signs of life that `check_task_abort` sends at most; 0: none are wanted.
     progress_every: float = 0.0
     #: Records of the logging module below this level stay in the child.

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from scaleout_mp.client.calls import CustomCall, TrainCall, ValidateCall
+from scaleout_mp.client.calls import CallbackSet, CustomCall, TrainCall, ValidateCall
 from scaleout_mp.client.values import callback_name
-from scaleout_mp.errors import ConfigError
+from scaleout_mp.errors import CallbackNotSendable, ConfigError
+from scaleout_mp.executor.residents import WorkerSpec
 from scaleout_mp.supervisor.messages import CUSTOM_PREFIX, TaskType
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from scaleout_mp.client import EdgeClient
     from scaleout_mp.executor import PreparedCallable
+
+#: Never ended for being idle: a round may be hours away, and what the callbacks keep would be lost.
+CALLBACK_WORKER: Final = WorkerSpec(name="callbacks", idle_seconds=None)
 
 
 class CallbackTable:
@@ -25,6 +29,11 @@ class CallbackTable:
         self._client = client
         self._prepare = prepare
         self._ready: dict[str, tuple[Callable[..., Any], PreparedCallable]] = {}
+
+    @property
+    def worker(self) -> WorkerSpec | None:
+        """The worker that runs the callbacks; None: a fresh process runs each task."""
+        return None
 
     def require_any(self) -> None:
         """Raise ConfigError, in one line, when the client could not serve a single task."""
@@ -53,6 +62,10 @@ class CallbackTable:
         self._ready[task_type] = callback, ready
         return ready
 
+    def leading(self, _task_type: str) -> tuple[Any, ...]:
+        """Return the arguments that what is `prepared` takes before those of the task."""
+        return ()
+
     def name(self, task_type: str) -> str:
         """Return a task's name for people: its type and what runs."""
         return f"{task_type} ({callback_name(self._callback(task_type))})"
@@ -74,6 +87,57 @@ class CallbackTable:
         if task_type.startswith(CUSTOM_PREFIX):
             raise ConfigError(f"this client has no custom callback for {task_type}")
         raise ConfigError(f"this client does not know tasks of type {task_type!r}")
+
+
+class SharedCallbacks(CallbackTable):
+    """Pickles all callbacks together, for one worker in which they share what they hold."""
+
+    def __init__(
+        self,
+        client: EdgeClient,
+        prepare: Callable[[Callable[..., Any]], PreparedCallable],
+        on_change: Callable[[], None],
+    ) -> None:
+        """Call `on_change` when other callbacks have taken the place of those that were prepared."""
+        super().__init__(client, prepare)
+        self._on_change = on_change
+        self._known: dict[str, Callable[..., Any]] = {}
+        self._shared: PreparedCallable | None = None
+
+    @property
+    def worker(self) -> WorkerSpec | None:
+        """The worker of the client: what its callbacks keep is kept until it dies."""
+        return CALLBACK_WORKER
+
+    def prepare_all(self) -> None:
+        """Make all callbacks ready. Raises CallbackNotSendable that names the one that cannot be sent."""
+        self._known = dict(self._registered())
+        self._shared = self._prepare_together(self._known)
+
+    async def prepared(self, task_type: str) -> PreparedCallable:
+        """Return what runs a task of any type. Raises ConfigError and CallbackNotSendable."""
+        self._callback(task_type)
+        now = dict(self._registered())
+        if self._shared is None or now != self._known:
+            self._shared = await asyncio.to_thread(self._prepare_together, now)
+            self._known = now
+            self._on_change()
+        return self._shared
+
+    def leading(self, task_type: str) -> tuple[Any, ...]:
+        """Return the arguments that what is `prepared` takes before those of the task."""
+        return (str(task_type),)
+
+    def _prepare_together(self, callbacks: Mapping[str, Callable[..., Any]]) -> PreparedCallable:
+        # Plain strings: the enum would have the task's process import this layer.
+        calls = {str(task_type): _call_for(task_type)(callback) for task_type, callback in callbacks.items()}
+        try:
+            return self._prepare(CallbackSet(calls))
+        except CallbackNotSendable:
+            for call in calls.values():
+                # Raises for the one that it is about.
+                self._prepare(call)
+            raise
 
 
 def _call_for(task_type: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -273,7 +273,7 @@ class Job(abc.ABC):
         return await self._phase(self._resources.transfer.download(self.request.model_id), Phase.DOWNLOADING)
 
     async def _execute(self, *args: Any) -> Any:
-        """Run the callback in a process of its own and return its value."""
+        """Run the callback in a process that may die and return its value."""
         self._require_not_aborted()
         self.phase = Phase.RUNNING
         callbacks = self._resources.callbacks
@@ -281,10 +281,12 @@ class Job(abc.ABC):
         self._require_not_aborted()
         self.execution = self._resources.core.submit(
             call,
+            *callbacks.leading(self.request.type),
             *args,
             self._request_info(),
             task_id=self.correlation_id,
             name=callbacks.name(self.request.type),
+            worker=callbacks.worker,
             on_record=self._on_record,
         )
         try:

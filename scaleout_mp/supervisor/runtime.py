@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from scaleout_mp.config import Limits, Settings, Surroundings
 from scaleout_mp.errors import AuthenticationError, CallbackNotSendable, ConfigError, NotConnectedError, ScaleoutError
 from scaleout_mp.executor.core import Sandbox, default_concurrency, sandbox_level
+from scaleout_mp.executor.worker_handle import Isolation, check_isolation
 from scaleout_mp.supervisor import connecting, messages
 from scaleout_mp.supervisor.blocking import run_blocking
 from scaleout_mp.supervisor.service import ABORTED_BY_CLIENT, ClientService, ServicePlan
@@ -63,6 +64,7 @@ class GrpcEdgeClientRuntime:
         limits: Limits | None = None,
         start_method: Literal["template", "spawn"] = "template",
         sandbox: Sandbox = "auto",
+        isolation: Isolation = "task",
         settings: Settings | None = None,
         max_concurrent_tasks: int | None = None,
         heartbeat_interval: float = 2.0,
@@ -72,8 +74,9 @@ class GrpcEdgeClientRuntime:
     ) -> None:
         """Read what is not given from the environment.
 
-        `limits` bound each task. `max_concurrent_tasks`: as many as there are processors, at least four.
-        `heartbeat_interval` is in seconds. `echo_output` shows what tasks print. `scratch_folder` and
+        `limits` bound each task. `isolation`: "task", a fresh process for each, or "worker", one process that keeps
+        what the callbacks keep, see docs/isolation.md. `max_concurrent_tasks`: as many as there are processors, at
+        least four. `heartbeat_interval` is in seconds. `echo_output` shows what tasks print. `scratch_folder` and
         `working_directory` are as for TaskExecutor.
         """
         if not heartbeat_interval > 0:
@@ -88,6 +91,8 @@ class GrpcEdgeClientRuntime:
         self._start_method: Literal["template", "spawn"] = start_method
         sandbox_level(sandbox)
         self._sandbox: Sandbox = sandbox
+        check_isolation(isolation)
+        self._isolation = isolation
         self._max_concurrent_tasks = default_concurrency() if max_concurrent_tasks is None else max_concurrent_tasks
         self._heartbeat_interval = heartbeat_interval
         self._echo_output = echo_output
@@ -229,6 +234,7 @@ class GrpcEdgeClientRuntime:
             limits=self.limits,
             start_method=self._start_method,
             sandbox=self._sandbox,
+            isolation=self._isolation,
             max_concurrent_tasks=self._max_concurrent_tasks,
             heartbeat_interval=self._heartbeat_interval,
             echo_output=self._echo_output,

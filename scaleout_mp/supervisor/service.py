@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from scaleout_mp.errors import TransportError
 from scaleout_mp.executor import ExecutorCore
 from scaleout_mp.supervisor import vitals
-from scaleout_mp.supervisor.callbacks import CallbackTable
+from scaleout_mp.supervisor.callbacks import CALLBACK_WORKER, CallbackTable, SharedCallbacks
 from scaleout_mp.supervisor.job_kinds import make_job
 from scaleout_mp.supervisor.jobs import Job, JobResources, Phase
 from scaleout_mp.supervisor.polling import Poller, follow_task_stream
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from scaleout_mp.client import EdgeClient
     from scaleout_mp.config import Limits, Settings, Surroundings
     from scaleout_mp.executor.core import Sandbox
+    from scaleout_mp.executor.worker_handle import Isolation
     from scaleout_mp.transport.calls import CombinerCalls
     from scaleout_mp.transport.outbox import MessageKind
     from scaleout_mp.wire import edge_pb2 as pb
@@ -68,6 +69,7 @@ class ServicePlan:
     limits: Limits
     start_method: Literal["template", "spawn"]
     sandbox: Sandbox
+    isolation: Isolation
     max_concurrent_tasks: int
     heartbeat_interval: float
     echo_output: bool
@@ -98,7 +100,7 @@ class ClientService:
             client_id=plan.client_id,
             settings=plan.settings,
             core=self._core,
-            callbacks=CallbackTable(client, self._core.prepare),
+            callbacks=self._callback_table(client),
             transfer=ModelTransfer(calls),
             outbox=self._outbox,
             slots=asyncio.Semaphore(plan.max_concurrent_tasks),
@@ -115,6 +117,13 @@ class ClientService:
         self._jobs: dict[str, tuple[Job, asyncio.Task[None]]] = {}
         self._end: asyncio.Future[None] = self._loop.create_future()
         self._end_now: asyncio.Future[None] = self._loop.create_future()
+
+    def _callback_table(self, client: EdgeClient) -> CallbackTable:
+        if self._plan.isolation == "task":
+            return CallbackTable(client, self._core.prepare)
+        return SharedCallbacks(
+            client, self._core.prepare, on_change=lambda: self._core.retire_worker(CALLBACK_WORKER.name)
+        )
 
     # The run
 

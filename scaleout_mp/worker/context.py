@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from scaleout_mp.errors import ChannelError, StoppedException
 from scaleout_mp.ipc import frames
@@ -15,18 +15,26 @@ from scaleout_mp.ipc.messages import MAX_KEYS, MAX_NAME, MAX_STEP, MAX_VALUE
 from scaleout_mp.task import RecordContext, set_current_task
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from scaleout_mp.ipc.channel import ChildChannel
+    from scaleout_mp.ipc.frames import Frame
 
 #: A log message longer than this is cut, in characters.
 MAX_LOG_MESSAGE: Final = 1 << 14
 
 
+class Line(Protocol):
+    """What a context needs of a channel."""
+
+    def send(self, frame: bytes, descriptors: Sequence[int] = ()) -> None: ...  # noqa: D102
+    def receive_ready(self) -> Frame | None: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
+
+
 class ChannelContext:
     """`TaskContext` over the control channel."""
 
-    def __init__(self, channel: ChildChannel, task_id: str, *, progress_every: float = 0.0) -> None:
+    def __init__(self, channel: Line, task_id: str, *, progress_every: float = 0.0) -> None:
         """`progress_every` is the time in seconds between two signs of life; 0: nobody waits for them."""
         self._channel = channel
         self._task_id = task_id
@@ -43,6 +51,9 @@ class ChannelContext:
     def close(self) -> None:
         """Give up this process's copy of the channel."""
         self._channel.close()
+
+    def end(self) -> None:
+        """Called once the callable has returned or raised, before the supervisor hears of it."""
 
     def begin(self) -> None:
         """Say that the callable begins, to who waits for signs of life."""
@@ -86,7 +97,11 @@ class ChannelContext:
             frame = self._channel.receive_ready()
             if frame is None or frame.kind is not Kind.ABORT:
                 return
-            self._abort_reason = str(frame.fields[0])
+            reason, task_id = frame.fields
+            if task_id != self._task_id:
+                # It was on its way when the task before this one ended by itself.
+                return
+            self._abort_reason = str(reason)
         raise StoppedException(self._abort_reason)
 
     def _show_progress(self) -> None:

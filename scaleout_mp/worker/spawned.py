@@ -18,7 +18,7 @@ import msgpack
 
 from scaleout_mp.sandbox import pools, process
 from scaleout_mp.sandbox.confinement import Confinement
-from scaleout_mp.worker import task
+from scaleout_mp.worker import resident, task
 from scaleout_mp.worker.script import Script
 from scaleout_mp.worker.task import CHANNEL_DESCRIPTOR
 
@@ -98,7 +98,8 @@ def main() -> NoReturn:
         loaded: Callable[..., Any] = pickle.loads(program.pickled)
         return loaded
 
-    task.run(load, confinement, program.script, streams)
+    serve = resident.run if confinement.resident else task.run
+    serve(load, confinement, program.script, streams)
 
 
 if __name__ == "__main__":

@@ -85,23 +85,28 @@ def run(
     `load` gives the callable; what it raises is reported like an error of the callable itself. `streams` are those
     of `line_streams`.
     """
-    # With the family given, the socket module does not ask the kernel for it.
-    channel = ChildChannel(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, CHANNEL_DESCRIPTOR))
+    channel = open_channel()
     code = 1
     try:
         frame = _first_frame(channel)
         task_id, packed = frame.fields
-        _prepare_interpreter(streams)
+        prepare_interpreter(streams)
         context = ChannelContext(channel, task_id, progress_every=confinement.progress_every)
         enter(context, log_level=confinement.log_level)
-        code = _run_callable(_Call(channel, context, load, script), packed, frame.descriptors)
+        code = run_callable(Call(channel, context, load, script.apply_main), packed, frame.descriptors)
     except ChannelError:
         # The supervisor is gone. Nobody is left to tell.
         code = 1
     except BaseException:  # noqa: BLE001 - a fault of this package; the end of stderr is in the report
         traceback.print_exc()
     finally:
-        _leave(code)
+        leave(code)
+
+
+def open_channel() -> ChildChannel:
+    """Return this process's end of its control channel."""
+    # With the family given, the socket module does not ask the kernel for it.
+    return ChildChannel(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, CHANNEL_DESCRIPTOR))
 
 
 def _first_frame(channel: ChildChannel) -> Frame:
@@ -111,7 +116,8 @@ def _first_frame(channel: ChildChannel) -> Frame:
     return frame
 
 
-def _prepare_interpreter(streams: tuple[io.TextIOWrapper[Any], io.TextIOWrapper[Any]]) -> None:
+def prepare_interpreter(streams: tuple[io.TextIOWrapper[Any], io.TextIOWrapper[Any]]) -> None:
+    """Make the interpreter a task's own, once in the process's life."""
     faulthandler.register(process.STACK_SIGNAL, file=process.STACK_DESCRIPTOR)
     # Line by line, so that the last words before a SIGKILL are out. The old ones may think that they write to a file.
     sys.stdout, sys.stderr = streams
@@ -143,19 +149,26 @@ def line_streams() -> tuple[io.TextIOWrapper[Any], io.TextIOWrapper[Any]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class Call:
+    """One task to run."""
+
     channel: ChildChannel
     context: ChannelContext
     load: Callable[[], Callable[..., Any]]
-    script: Script
+    #: Makes a `__main__` for the callable.
+    apply_main: Callable[[Callable[..., Any]], None]
 
 
-def _run_callable(call: _Call, packed: Any, descriptors: list[int]) -> int:
+def run_callable(call: Call, packed: Any, descriptors: list[int]) -> int:
+    """Call the callable and send what came of it; return the exit code for a process that has nothing else to do.
+
+    In a process that the callable forked and that came back from it: send nothing. Raises ChannelError.
+    """
     own = os.getpid()
     channel = call.channel
     try:
         function = call.load()
-        call.script.apply_main(function)
+        call.apply_main(function)
         call.context.begin()
         args, kwargs = arguments.unpack(packed, descriptors)
         value = function(*args, **kwargs)
@@ -163,6 +176,7 @@ def _run_callable(call: _Call, packed: Any, descriptors: list[int]) -> int:
             # A process that the callable forked has come back from it as well. Only one of them is the task.
             return 0
         with values.encode(value) as encoded:
+            call.context.end()
             channel.send(
                 frames.encode(Kind.RESULT, encoded.table, descriptors=len(encoded.descriptors)),
                 encoded.descriptors,
@@ -172,7 +186,9 @@ def _run_callable(call: _Call, packed: Any, descriptors: list[int]) -> int:
             raise
         if os.getpid() != own:
             return _exit_code(error)
-        channel.send(_failure(error))
+        failure = _failure(error)
+        call.context.end()
+        channel.send(failure)
         return 1
     return 0
 
@@ -243,7 +259,7 @@ def _user_frames(shown: traceback.TracebackException) -> traceback.TracebackExce
     return shown
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
     """Leave as a program would: wait for threads, run exit handlers, flush. The supervisor bounds the time."""
     # Runs whatever happens: control must never return into the template's loop in a forked process.
     try:
@@ -258,4 +274,15 @@ def _leave(code: int) -> NoReturn:
         os._exit(code)
 
 
-__all__ = ["CHANNEL_DESCRIPTOR", "arrange_descriptors", "forget_exit_handlers", "line_streams", "run"]
+__all__ = [
+    "CHANNEL_DESCRIPTOR",
+    "Call",
+    "arrange_descriptors",
+    "forget_exit_handlers",
+    "leave",
+    "line_streams",
+    "open_channel",
+    "prepare_interpreter",
+    "run",
+    "run_callable",
+]

@@ -28,7 +28,7 @@ from scaleout_mp.ipc.channel import ChildChannel, channel_pair, close_all
 from scaleout_mp.ipc.frames import Frame, Kind
 from scaleout_mp.sandbox import pools, probe, process, tree
 from scaleout_mp.sandbox.confinement import Confinement, Level, Preparation, prepare
-from scaleout_mp.worker import task
+from scaleout_mp.worker import resident, task
 from scaleout_mp.worker.guardian import Guardian
 from scaleout_mp.worker.script import Script
 from scaleout_mp.worker.spawned import Program, start_interpreter
@@ -230,7 +230,8 @@ class Template:
                 task.forget_exit_handlers()
                 confinement.apply(self._preparation.own_filter)
                 self._pools.apply(confinement.threads)
-                task.run(lambda: self._take(frame.fields[1]), confinement, self._script, self._streams)
+                serve = resident.run if confinement.resident else task.run
+                serve(lambda: self._take(frame.fields[1]), confinement, self._script, self._streams)
         except BaseException:  # noqa: BLE001 - whatever it is, this process must not go on as a template
             with contextlib.suppress(Exception):
                 traceback.print_exc()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 import time
 
 import numpy as np
@@ -83,6 +84,31 @@ class Worker:
     def pulse(self, parameters):
         self.client.log_metric({"custom": 1})
         return {"got": parameters, "client": self.client.name}
+
+
+class Keeper:
+    """Callbacks that keep something on their object from call to call, as packages of the published client do."""
+
+    def __init__(self, client):
+        self.client = client
+        self.trained = 0
+
+    def train(self, model, settings):
+        self.trained += 1
+        self.client.log_metric({"trained": self.trained})
+        if settings.get("crash"):
+            ctypes.string_at(0)
+        return result(model, trained=self.trained, pid=os.getpid())
+
+    def validate(self, model):
+        return {"trained": self.trained, "pid": os.getpid()}
+
+    def custom(self, parameters):
+        return {
+            "trained": self.trained,
+            "pid": os.getpid(),
+            "heavy": sorted({"grpc", "google.protobuf"} & set(sys.modules)),
+        }
 
 
 def train(model, settings):

@@ -1,0 +1,274 @@
+"""One task in a worker: a process that may have run others before, and stays if this one leaves it whole."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from typing import TYPE_CHECKING, Any, Final
+
+from scaleout_mp.executor import ladder
+from scaleout_mp.executor.execution import Execution, ExecutionPlan, Outcome
+from scaleout_mp.executor.residents import Resident, ResidentPool, SetUp, WorkerSpec
+from scaleout_mp.executor.template import send_callable
+from scaleout_mp.executor.watches import Watches
+from scaleout_mp.ipc import frames
+from scaleout_mp.ipc.frames import Kind
+from scaleout_mp.sandbox import memory, tree
+from scaleout_mp.task import AbortOrigin, EndReason, StopStage
+
+if TYPE_CHECKING:
+    from scaleout_mp.executor.launcher import Child, Launcher
+    from scaleout_mp.executor.lines import TaskLines
+    from scaleout_mp.executor.output import OutputRelay
+    from scaleout_mp.ipc.frames import Frame
+    from scaleout_mp.sandbox.confinement import Confinement
+
+#: Ends by which nothing is wrong with the process.
+_INTERRUPTIONS: Final = frozenset(
+    {EndReason.INTERRUPTED_BY_SERVER, EndReason.TIMED_OUT_BY_SERVER, EndReason.INTERRUPTED_BY_CLIENT}
+)
+#: Bytes of arguments that a worker's tasks may have mapped at once before RLIMIT_DATA, a backstop, refuses more.
+_ARGUMENTS: Final = 4 << 30
+
+
+class ResidentExecution(Execution):
+    """One task in a worker. Its turn has come when no other task is in the process that it gets."""
+
+    def __init__(
+        self, plan: ExecutionPlan, launcher: Launcher, relay: OutputRelay, *, echo: bool, pool: ResidentPool
+    ) -> None:
+        super().__init__(plan, launcher, relay, echo=echo)
+        assert plan.worker is not None
+        self._spec: WorkerSpec = plan.worker
+        self._pool = pool
+        self._evidence.worker = self._spec.name
+        #: None while the process is new.
+        self._resident: Resident | None = None
+        #: Whether the process said that the callable begins.
+        self._began = False
+        #: Done when the result is in, or the failure.
+        self._said_end: asyncio.Future[None] = self._loop.create_future()
+        #: Done when the task needs no further stopping.
+        self._needs_no_stop: asyncio.Future[None] = self._loop.create_future()
+        self._cpu_before = 0.0
+        self._stays = False
+
+    async def run(self) -> None:
+        """Live the task's life; the process is back in the pool, or gone, when the outcome is there."""
+        await super().run()
+        if self._stays:
+            assert self._resident is not None
+            self._pool.give_back(self._resident)
+        self._resident = None
+
+    async def _live(self) -> None:
+        while await self._set_up():
+            self._take_process()
+            self._start()
+            await self._see_through()
+            if self._resident is None or self._began or self._evidence.stop is not None or self._stays:
+                return
+            # It had ended before this task came to it: no fault of this task, which gets another one.
+            await self._leave_process()
+            self._forget_process()
+
+    # --- The process -------------------------------------------------------------------------------------------------
+
+    async def _set_up(self) -> bool:
+        """Run the worker's first call in a new process; False when that failed or the task is to stop."""
+        while self._spec.set_up is not None and not self._pool.has(self._spec, self._plan.limits):
+            outcome = await self._run_set_up(self._spec.set_up)
+            if self._evidence.stop is not None:
+                return False
+            if not outcome.report.completed:
+                self._evidence.set_up = outcome.report
+                return False
+        return self._evidence.stop is None
+
+    async def _run_set_up(self, set_up: SetUp) -> Outcome:
+        plan = dataclasses.replace(
+            self._plan,
+            task_id=f"{self.task_id}:set-up",
+            name=f"{set_up.call.name} of worker {self._spec.name}",
+            call=set_up.call,
+            arguments=set_up.arguments.copy(),
+            on_state=None,
+        )
+        first = _FirstExecution(plan, self._launcher, self._relay, echo=self._echo, pool=self._pool)
+        running = self._loop.create_task(first.run())
+        either: list[asyncio.Future[Any]] = [running, self.stop_requested]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not running.done():
+            first.abort(AbortOrigin.CLIENT, "the task that it was started for is to end")
+            await asyncio.wait([running, self._hurry], return_when=asyncio.FIRST_COMPLETED)
+            first.kill()
+        await running
+        return await first.outcome()
+
+    def _take_process(self) -> None:
+        resident = self._resident = self._pool.take(self._spec, self._plan.limits)
+        if resident is None:
+            return
+        self._tag = resident.tag
+        self._lines, self._group, self._child = resident.lines, resident.group, resident.child
+        self._scratch = resident.scratch
+        self._cpu_before = memory.processor_time(resident.pid) or 0.0
+
+    def _forget_process(self) -> None:
+        self._resident = self._lines = self._group = self._child = None
+        self._tag = tree.new_tag()
+        self._scratch = ""
+        self._cpu_before = 0.0
+        self._evidence.exited = self._evidence.launcher_problem = None
+        self._evidence.killed_by_kernel = False
+        self._evidence.strays_killed = 0
+        if self._watches is not None:
+            self._watches.close()
+
+    def _start(self) -> None:
+        resident, plan = self._resident, self._plan
+        if resident is None:
+            super()._start()
+            return
+        resident.lines.serve(on_frame=self._on_frame, on_closed=self._on_closed, output_size=plan.limits.output_size)
+        send_callable(resident.lines.channel, resident.keys, plan.call)
+        self._send_task(resident.lines)
+        self._watches = Watches(
+            plan.limits,
+            tag=self._tag,
+            shared=self._handed_over(),
+            group=self._group,
+            on_breach=self._on_breach,
+        )
+
+    def _handed_over(self) -> int:
+        """Return how much of the shared memory that the process maps is not its own doing."""
+        handed = self._plan.arguments.model_bytes + self._plan.arguments.memory_bytes
+        resident = self._resident
+        if resident is None:
+            return handed
+        if resident.handed:
+            # Of what earlier tasks were handed, only what is still mapped.
+            with contextlib.suppress(OSError):
+                resident.handed = min(resident.handed, memory.shared_size(resident.pid))
+        resident.handed += handed
+        return resident.handed
+
+    def _send_task(self, lines: TaskLines) -> None:
+        packed = self._plan.arguments
+        no_progress = self._plan.limits.seconds("no_progress")
+        lines.channel.send(
+            frames.encode(
+                Kind.TASK,
+                self.task_id,
+                packed.table,
+                self._plan.call.key,
+                0.0 if no_progress is None else min(1.0, no_progress / 4),
+                descriptors=len(packed.descriptors),
+            ),
+            packed.descriptors,
+        )
+
+    def _confinement(self) -> Confinement:
+        # Processor time is counted for each task; a limit of the process would count them all.
+        return dataclasses.replace(super()._confinement(), resident=True, cpu_limit=0, handed_over=_ARGUMENTS)
+
+    def _watch_process(self, watches: Watches, pid: int) -> None:
+        watches.process_runs(pid, cpu_before=self._cpu_before)
+
+    # --- The end -----------------------------------------------------------------------------------------------------
+
+    def _on_frame(self, frame: Frame) -> None:
+        self._began = True
+        super()._on_frame(frame)
+
+    def _hurry_exit(self) -> None:
+        self._needs_no_more_stopping()
+        if not self._said_end.done():
+            self._said_end.set_result(None)
+
+    def _gone(self, child: Child) -> asyncio.Future[Any]:
+        child.exited.add_done_callback(lambda _: self._needs_no_more_stopping())
+        return self._needs_no_stop
+
+    def _needs_no_more_stopping(self) -> None:
+        if not self._needs_no_stop.done():
+            self._needs_no_stop.set_result(None)
+
+    async def _until_gone(self, child: Child) -> bool:
+        either: list[asyncio.Future[Any]] = [child.exited, self._said_end]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if self._stopping is not None:
+            await self._stopping
+        if self._reading is not None:
+            await asyncio.wait([self._reading])
+        pid = child.started.result().pid
+        self._note_processor_time(memory.processor_time(pid))
+        if self._is_whole(child):
+            self._stays = self._evidence.worker_stays = True
+            self._keep(child)
+            return False
+        while not child.exited.done():
+            await ladder.sweep(self._tag)
+            await asyncio.wait([child.exited], timeout=0.02)
+        strays = await super()._until_gone(child)
+        assert self._evidence.exited is not None
+        self._note_processor_time(self._evidence.exited.cpu_seconds)
+        return strays
+
+    def _note_processor_time(self, seconds: float | None) -> None:
+        if seconds is not None:
+            self._evidence.cpu_seconds = max(0.0, seconds - self._cpu_before)
+
+    def _is_whole(self, child: Child) -> bool:
+        """Whether the process may run another task."""
+        seen = self._evidence
+        if child.exited.done() or not self._said_end.done() or self._lines is None or not self._lines.channel.open:
+            return False
+        if seen.failure is not None and seen.failure.refused is not None and seen.stop is None:
+            # It ran into a limit: what it holds may be why.
+            return False
+        if seen.stop is None:
+            return True
+        return seen.stop.reason in _INTERRUPTIONS and seen.stopped_by in {None, StopStage.ABORT}
+
+    def _keep(self, child: Child) -> None:
+        if self._resident is not None:
+            return
+        assert self._lines is not None
+        self._resident = Resident(
+            spec=self._spec,
+            limits=self._plan.limits,
+            tag=self._tag,
+            lines=self._lines,
+            group=self._group,
+            scratch=self._scratch,
+            scratch_keeper=self._plan.scratch,
+            child=child,
+            keys={self._plan.call.key: self._plan.call.name},
+            handed=self._handed_over(),
+        )
+
+    async def _leave_process(self) -> None:
+        if not self._stays:
+            await super()._leave_process()
+
+    def _climb(self, abort_text: str, grace: float) -> None:
+        # Without a process of its own yet, the task waits for the worker's first call, which is aborted instead.
+        if self._child is not None:
+            super()._climb(abort_text, grace)
+
+
+class _FirstExecution(ResidentExecution):
+    """The first call of a worker, in a new process."""
+
+    async def _set_up(self) -> bool:
+        return self._evidence.stop is None and self._resident is None
+
+    def _is_whole(self, child: Child) -> bool:
+        # A process in which it failed is not set up.
+        return self._evidence.has_result and super()._is_whole(child)
+
+    def _take_process(self) -> None:
+        """Leave `_resident` at None: a new process is wanted."""

@@ -1,0 +1,255 @@
+"""Workers: processes that stay for the next task, with all that callables left in them."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from scaleout_mp.config import Limits
+from scaleout_mp.errors import LauncherError, ProtocolViolation
+from scaleout_mp.executor import ladder
+from scaleout_mp.executor.watches import Watches
+from scaleout_mp.ipc.channel import close_all
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from scaleout_mp.executor.launcher import Child
+    from scaleout_mp.executor.lines import TaskLines
+    from scaleout_mp.executor.report import StopCause
+    from scaleout_mp.executor.scratch import ScratchKeeper
+    from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
+    from scaleout_mp.ipc.frames import Frame
+    from scaleout_mp.sandbox.cgroup import MemoryGroup
+
+logger = logging.getLogger(__name__)
+
+#: Seconds after which a worker that has nothing to do is ended, unless its user says otherwise.
+IDLE_SECONDS: Final = 600.0
+#: Seconds that a worker which is ended gets for its threads and exit handlers.
+_EXIT_GRACE: Final = 2.0
+#: The limits that bound each task; all others bound the process, and hold for its whole life.
+_OF_A_TASK: Final = frozenset({"wall_time", "cpu_time", "no_progress", "pids", "output_bytes", "abort_grace"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SetUp:
+    """A call that every process of a worker begins with. The arguments stay open for as long as it is used."""
+
+    call: PreparedCallable
+    arguments: PackedArguments
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkerSpec:
+    """Which worker runs a task. Workers of one name are alike: the latest description counts."""
+
+    name: str
+    #: How many of its tasks may run at once, each in a process that keeps its own state.
+    processes: int = 1
+    #: Seconds without a task after which a process is ended; None: never.
+    idle_seconds: float | None = IDLE_SECONDS
+    set_up: SetUp | None = None
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Resident:
+    """One process of a worker, while it runs a task and between two."""
+
+    spec: WorkerSpec
+    limits: Limits
+    tag: int
+    lines: TaskLines
+    group: MemoryGroup | None
+    #: Its scratch folder, which stays as long as the process, and who removes it.
+    scratch: str
+    scratch_keeper: ScratchKeeper
+    child: Child
+    #: Keys and names of the callables that it holds, oldest first.
+    keys: dict[str, str]
+    #: Bytes of models and arguments that it was handed and may still map.
+    handed: int = 0
+    idle_since: float = 0.0
+    watches: Watches | None = None
+
+    @property
+    def pid(self) -> int:
+        """The pid of its first process."""
+        return self.child.started.result().pid
+
+    def serves(self, spec: WorkerSpec, limits: Limits) -> bool:
+        """Whether it may run a task: a process keeps the limits that it was started with."""
+        return self.spec.set_up == spec.set_up and (
+            self.limits is limits or _of_process(self.limits) == _of_process(limits)
+        )
+
+
+def _of_process(limits: Limits) -> list[Any]:
+    names = [field.name for field in dataclasses.fields(limits) if field.name not in _OF_A_TASK]
+    return [getattr(limits, name) for name in names]
+
+
+class ResidentPool:
+    """The processes that wait for a task. On the executor's event loop."""
+
+    def __init__(self) -> None:
+        #: The one that has waited longest comes first.
+        self._idle: dict[Resident, None] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._closing = False
+
+    def has(self, spec: WorkerSpec, limits: Limits) -> bool:
+        """Whether a process waits that could run such a task."""
+        return any(resident.serves(spec, limits) for resident in self._of(spec.name))
+
+    def take(self, spec: WorkerSpec, limits: Limits) -> Resident | None:
+        """Return the process that ran last; None when a new one is needed. Those that do not fit any more are ended."""
+        found = None
+        for resident in self._of(spec.name):
+            if not resident.serves(spec, limits):
+                self._end(resident, "its limits changed")
+            else:
+                found = resident
+        if found is not None:
+            del self._idle[found]
+            if found.watches is not None:
+                found.watches.close()
+        return found
+
+    def _of(self, name: str) -> list[Resident]:
+        return [resident for resident in self._idle if resident.spec.name == name]
+
+    def give_back(self, resident: Resident) -> None:
+        """Take a process that has done its task."""
+        if resident.idle_since == 0.0:
+            resident.child.exited.add_done_callback(lambda _: self._on_exit(resident))
+        resident.idle_since = asyncio.get_running_loop().time()
+        resident.lines.serve(
+            on_frame=_on_frame,
+            on_closed=lambda violation: self._on_closed(resident, violation),
+            output_size=resident.limits.output_size,
+        )
+        self._idle[resident] = None
+        if self._closing or not resident.lines.channel.open or resident.child.exited.done():
+            self._end(resident, "it is not needed any more")
+            return
+        self._watch(resident)
+        self._set_timer()
+
+    def _watch(self, resident: Resident) -> None:
+        """Keep what threads and children of earlier tasks use within the limits."""
+        limits = resident.limits
+        by_watching = limits.memory_bytes and resident.group is None
+        if by_watching or limits.pids is not None:
+            resident.watches = Watches(
+                Limits(memory=limits.memory if by_watching else None, pids=limits.pids),
+                tag=resident.tag,
+                shared=resident.handed,
+                group=None,
+                on_breach=lambda cause, **_: self._on_breach(resident, cause),
+            )
+            resident.watches.process_runs(resident.pid)
+
+    def _on_breach(self, resident: Resident, cause: StopCause) -> None:
+        if resident in self._idle:
+            self._end(resident, f"it {cause.message} while it had no task", grace=0)
+
+    def _on_closed(self, resident: Resident, violation: ProtocolViolation | None) -> None:
+        if violation is not None and resident in self._idle:
+            self._end(resident, str(violation), grace=0)
+
+    def _on_exit(self, resident: Resident) -> None:
+        if resident in self._idle:
+            self._end(resident, "its process ended by itself")
+
+    # --- Ending ------------------------------------------------------------------------------------------------------
+
+    def retire(self, name: str) -> None:
+        """End the processes of a worker that have no task."""
+        for resident in self._of(name):
+            self._end(resident, "it is not needed any more")
+
+    def retire_oldest(self) -> bool:
+        """End the process that has waited longest; False when none waits."""
+        oldest = next(iter(self._idle), None)
+        if oldest is None:
+            return False
+        self._end(oldest, "its place is needed")
+        return True
+
+    def _set_timer(self) -> None:
+        due = min(self._due(), default=None)
+        if due is not None and (self._timer is None or self._timer.when() > due):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = asyncio.get_running_loop().call_at(due, self._on_timer)
+
+    def _due(self) -> Iterator[float]:
+        return (r.idle_since + r.spec.idle_seconds for r in self._idle if r.spec.idle_seconds is not None)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        now = asyncio.get_running_loop().time()
+        for resident in list(self._idle):
+            seconds = resident.spec.idle_seconds
+            if seconds is not None and resident.idle_since + seconds <= now:
+                self._end(resident, f"it had nothing to do for {seconds:g} s")
+        self._set_timer()
+
+    def _end(self, resident: Resident, why: str, *, grace: float = _EXIT_GRACE) -> None:
+        del self._idle[resident]
+        logger.info(
+            "worker %s: process %d ends: %s",
+            resident.spec.name,
+            resident.pid,
+            why,
+            extra={"action": "worker_ends", "worker": resident.spec.name},
+        )
+        task = asyncio.get_running_loop().create_task(
+            end_process(resident, grace=grace), name=f"end of worker {resident.spec.name}"
+        )
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def aclose(self) -> None:
+        """End all that waits and see it gone."""
+        self._closing = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for resident in list(self._idle):
+            self._end(resident, "the executor is closing")
+        while self._ending:
+            await asyncio.wait(set(self._ending))
+
+
+def _on_frame(frame: Frame) -> None:
+    # Code of ours is silent once a task is over: this is somebody else's.
+    close_all(frame.descriptors)
+    raise ProtocolViolation(f"it sent {frame.kind.name} while it had no task")
+
+
+async def end_process(resident: Resident, *, grace: float) -> None:
+    """End a worker's process and all that is below it; give back what it had."""
+    if resident.watches is not None:
+        resident.watches.close()
+    exited = resident.child.exited
+    # It leaves when its channel is closed.
+    resident.lines.channel.close()
+    await asyncio.wait([exited], timeout=grace)
+    while not exited.done():
+        await ladder.sweep(resident.tag)
+        await asyncio.wait([exited], timeout=0.02)
+    try:
+        strays = exited.result().strays
+    except LauncherError:
+        strays = True
+    if strays:
+        await ladder.sweep(resident.tag)
+    resident.lines.close()
+    if resident.group is not None:
+        await asyncio.to_thread(resident.group.remove)
+    if resident.scratch:
+        await resident.scratch_keeper.give_back(resident.scratch)
