@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+
+from observing import open_descriptors
 
 from scaleout_mp.task import current_task
 
@@ -25,6 +28,37 @@ def look_around():
         "child's TMPDIR": subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         ).stdout,
+    }
+
+
+def _environment_of(pid):
+    with open(f"/proc/{pid}/environ", "rb") as file:
+        return file.read().decode().split("\0")
+
+
+def look_for_secrets():
+    """Return the environment as it is seen in each place that a task can look at."""
+    code = "import os; print(*(f'{name}={value}' for name, value in os.environ.items()), sep='\\0', end='')"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return {
+        "os.environ": [f"{name}={value}" for name, value in os.environ.items()],
+        "own /proc": _environment_of("self"),
+        "template's /proc": _environment_of(os.getppid()),
+        "child": child.split("\0"),
+    }
+
+
+def look_at_process():
+    """Return what a task inherited or was given."""
+    with open("/proc/self/oom_score_adj") as file:
+        oom_score_adj = int(file.read())
+    return {
+        "descriptors": sorted(open_descriptors()),
+        "pid": os.getpid(),
+        "session": os.getsid(0),
+        "group": os.getpgid(0),
+        "oom_score_adj": oom_score_adj,
+        "core": resource.getrlimit(resource.RLIMIT_CORE),
     }
 
 

@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 import os
+from typing import Final
+
+#: What numerical libraries read when they are loaded, to learn how many threads to have.
+THREAD_VARIABLES: Final = (
+    "OPENBLAS_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
 
 
 def usable_memory() -> int:

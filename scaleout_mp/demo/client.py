@@ -71,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     token = options.token_file.read_text(encoding="utf-8").strip() if options.token_file else None
-    runtime = GrpcEdgeClientRuntime(limits=Limits(memory=options.memory, abort_grace=options.abort_grace))
+    limits = Limits(memory=options.memory, abort_grace=options.abort_grace)
+    runtime = GrpcEdgeClientRuntime(limits=limits, pass_environment=options.pass_environment)
     client = EdgeClient(runtime=runtime)
     planned = [faults.PlannedFault.parse(text, client=options.name) for text in options.fault]
     learner = DigitsLearner(client, Shard.load(options.data), planned)
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--token-file", type=Path, help="file with the network's token")
     parser.add_argument("--memory", default="128MiB", help="memory limit of each task (default: %(default)s)")
     parser.add_argument("--abort-grace", type=float, default=2.0, help="seconds from abort to SIGKILL")
+    parser.add_argument("--pass-environment", action="append", default=[], help="a variable that tasks get as well")
     parser.add_argument("--fault", action="append", default=[], help="misbehave: KIND:ROUND, such as segfault:2")
     parser.add_argument("--feed", type=int, help="descriptor of a pipe for what the runtime sees of its tasks")
     return parser

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from scaleout_mp.demo.faults import PlannedFault
 
-#: In the environment of every process that a fleet started, and of no other.
+#: In the environment of every process that a fleet started, and of no other; the client passes it on to its tasks.
 _MARK: Final = "SCALEOUT_MP_DEMO_RUN"
 #: Seconds between two polls of a client: the demo is to be short.
 POLLING_INTERVAL: Final = 0.5
@@ -147,7 +147,7 @@ class Fleet:
 
     def _command(self, spec: ClientSpec) -> list[str]:
         command = [sys.executable, "-m", "scaleout_mp.demo.client", *self._options]
-        command += ["--name", spec.name, "--data", str(spec.data)]
+        command += ["--name", spec.name, "--data", str(spec.data), "--pass-environment", _MARK]
         for fault in spec.faults:
             command += ["--fault", str(fault)]
         return command

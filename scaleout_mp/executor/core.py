@@ -18,6 +18,7 @@ from scaleout_mp.executor.scratch import ScratchKeeper
 from scaleout_mp.executor.template import StartMethod, TemplateLauncher, TemplatePlace
 from scaleout_mp.ipc import arguments
 from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
+from scaleout_mp.sandbox import environment
 from scaleout_mp.sandbox.cgroup import MemoryGroups, remove_left_over
 from scaleout_mp.sandbox.confinement import TEMP_VARIABLES, Level
 from scaleout_mp.task import AbortOrigin, Record, TaskState
@@ -112,9 +113,11 @@ class ExecutorCore:
             logger.debug("memory limits are kept by the watchdog: %s", error, extra={"action": "no_memory_cgroup"})
 
     def _template_place(self) -> TemplatePlace:
-        own_folder = self._scratch.template_folder()
+        around = self._surroundings
+        passed = os.environ if self._level is Level.NONE else environment.scrub(os.environ, around.pass_environment)
+        own_folder = dict.fromkeys(TEMP_VARIABLES, self._scratch.template_folder())
         return TemplatePlace(
-            environment={**os.environ, **dict.fromkeys(TEMP_VARIABLES, own_folder)}, scratch=self._scratch.folders.path
+            environment={**passed, **around.environment, **own_folder}, scratch=self._scratch.folders.path
         )
 
     def _start_folder(self, scratch: str) -> str:

@@ -139,7 +139,8 @@ class TaskExecutor:
     "basic", see docs/security.md. `preload` names modules that the template imports once.
     `echo_output` passes on what tasks print. A task starts in an empty folder of its own, which goes with it;
     `scratch_folder` is where these folders are made, and `working_directory` where tasks start instead: "inherit",
-    where the program stands, or a path.
+    where the program stands, or a path. Of the program's environment a task gets what is on an allow list and what
+    `pass_environment` names, and `environment` in addition; see docs/security.md.
     """
 
     def __init__(
@@ -154,6 +155,8 @@ class TaskExecutor:
         echo_output: bool = True,
         scratch_folder: str | os.PathLike[str] | None = None,
         working_directory: str | os.PathLike[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+        pass_environment: Sequence[str] = (),
     ) -> None:
         self._core = ExecutorCore(
             limits=limits,
@@ -162,7 +165,12 @@ class TaskExecutor:
             preload=preload,
             max_concurrent_tasks=max_concurrent_tasks,
             echo_output=echo_output,
-            surroundings=Surroundings(scratch_folder=scratch_folder, working_directory=working_directory),
+            surroundings=Surroundings(
+                scratch_folder=scratch_folder,
+                working_directory=working_directory,
+                environment=environment or {},
+                pass_environment=pass_environment,
+            ),
         )
         check_isolation(isolation)
         self._isolation = isolation

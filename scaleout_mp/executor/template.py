@@ -12,14 +12,13 @@ import sys
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import scaleout_mp
-from scaleout_mp.config.machine import wanted_threads
+from scaleout_mp.config.machine import THREAD_VARIABLES, wanted_threads
 from scaleout_mp.errors import LauncherError, ProtocolViolation
 from scaleout_mp.executor.launcher import Child, Exited, Started, StartOrder
 from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.channel import channel_pair, close_all
 from scaleout_mp.ipc.frames import MAX_LOADED, Frame, Kind
 from scaleout_mp.ipc.loop_channel import SupervisorChannel
-from scaleout_mp.sandbox import pools
 from scaleout_mp.sandbox.confinement import Level
 
 if TYPE_CHECKING:
@@ -296,7 +295,7 @@ def _template_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Add what the template itself needs; it puts PYTHONPATH back once it has found this package."""
     package_root = os.path.dirname(os.path.dirname(scaleout_mp.__file__))
     search_path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), package_root]))
-    return {**environment, **dict.fromkeys(pools.VARIABLES, "1"), "PYTHONPATH": search_path}
+    return {**environment, **dict.fromkeys(THREAD_VARIABLES, "1"), "PYTHONPATH": search_path}
 
 
 def _script_fields() -> dict[str, Any]:

@@ -12,18 +12,10 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
+from scaleout_mp.config.machine import THREAD_VARIABLES
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-
-#: What the libraries read when they are loaded.
-VARIABLES: Final = (
-    "OPENBLAS_NUM_THREADS",
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "BLIS_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-)
 
 #: Part of a library's file name -> names of its function, the first one that exists counts.
 _SETTERS: Final = {
@@ -43,7 +35,7 @@ _SETTERS: Final = {
 
 def name_threads(count: int) -> None:
     """Tell libraries that are loaded from now on, here and in programs that are started, how many threads to have."""
-    for name in VARIABLES:
+    for name in THREAD_VARIABLES:
         os.environ[name] = str(count)
 
 
@@ -83,7 +75,7 @@ class Pools:
 
     def apply(self, count: int) -> None:
         """Give the pools of this process `count` threads, and those of programs that it starts. Called in a task."""
-        if os.environ.get(VARIABLES[0]) != str(count):
+        if os.environ.get(THREAD_VARIABLES[0]) != str(count):
             name_threads(count)
         for setter in self._lazy:
             setter(count)

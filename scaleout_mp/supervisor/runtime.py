@@ -35,7 +35,7 @@ from scaleout_mp.transport.transfer import ModelTransfer
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from google.protobuf.message import Message
 
@@ -71,13 +71,15 @@ class GrpcEdgeClientRuntime:
         echo_output: bool = True,
         scratch_folder: str | os.PathLike[str] | None = None,
         working_directory: str | os.PathLike[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+        pass_environment: Sequence[str] = (),
     ) -> None:
         """Read what is not given from the environment.
 
         `limits` bound each task. `isolation`: "task", a fresh process for each, or "worker", one process that keeps
         what the callbacks keep, see docs/isolation.md. `max_concurrent_tasks`: as many as there are processors, at
-        least four. `heartbeat_interval` is in seconds. `echo_output` shows what tasks print. `scratch_folder` and
-        `working_directory` are as for TaskExecutor.
+        least four. `heartbeat_interval` is in seconds. `echo_output` shows what tasks print. `scratch_folder`,
+        `working_directory`, `environment` and `pass_environment` are as for TaskExecutor.
         """
         if not heartbeat_interval > 0:
             raise ConfigError(f"heartbeat_interval must be above 0 seconds, not {heartbeat_interval!r}")
@@ -96,7 +98,12 @@ class GrpcEdgeClientRuntime:
         self._max_concurrent_tasks = default_concurrency() if max_concurrent_tasks is None else max_concurrent_tasks
         self._heartbeat_interval = heartbeat_interval
         self._echo_output = echo_output
-        self._surroundings = Surroundings(scratch_folder=scratch_folder, working_directory=working_directory)
+        self._surroundings = Surroundings(
+            scratch_folder=scratch_folder,
+            working_directory=working_directory,
+            environment=environment or {},
+            pass_environment=pass_environment,
+        )
         self._options: GrpcConnectionOptions | None = None
         self._tokens: tuple[str, TokenSource] | None = None
         # Guards what other threads touch while `run` comes and goes.

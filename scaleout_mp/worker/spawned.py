@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import msgpack
 
-from scaleout_mp.sandbox import pools, process
+from scaleout_mp.config.machine import THREAD_VARIABLES
+from scaleout_mp.sandbox import process
 from scaleout_mp.sandbox.confinement import Confinement
 from scaleout_mp.worker import resident, task
 from scaleout_mp.worker.script import Script
@@ -54,7 +55,7 @@ def start_interpreter(descriptors: Sequence[int], confinement: Confinement, prog
         return os.posix_spawn(
             sys.executable,
             [sys.executable, "-m", "scaleout_mp.worker.spawned"],
-            {**os.environ, **dict.fromkeys(pools.VARIABLES, str(confinement.threads))},
+            {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(confinement.threads))},
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                 (os.POSIX_SPAWN_DUP2, stdout, 1),

@@ -15,8 +15,8 @@ import uuid
 import psutil
 import pytest
 
-#: In the environment of the program and of all that it starts.
-MARK = "SMP_TEST_RUN"
+#: In the environment of the program and of all that it starts. Tasks get it, for it begins like a setting of language.
+MARK = "LC_SMP_TEST_RUN"
 
 
 class Program:
