@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import errno
 import faulthandler
 import fcntl
 import logging
@@ -21,8 +20,8 @@ from scaleout_mp.errors import ChannelError, ProtocolViolation
 from scaleout_mp.ipc import arguments, frames, values
 from scaleout_mp.ipc.channel import ChildChannel
 from scaleout_mp.ipc.frames import Frame, Kind
-from scaleout_mp.ipc.messages import Refusal
 from scaleout_mp.sandbox import process
+from scaleout_mp.worker import failures
 from scaleout_mp.worker.context import ChannelContext, enter
 
 if TYPE_CHECKING:
@@ -34,10 +33,6 @@ if TYPE_CHECKING:
 
 #: Where the channel lies in a task's process; 0, 1 and 2 are the standard streams.
 CHANNEL_DESCRIPTOR: Final = 3
-
-#: Longest traceback and error message that are sent, in characters; the end of a traceback says most.
-MAX_TRACEBACK: Final = 1 << 16
-MAX_MESSAGE: Final = 1 << 12
 
 #: Above the places of a task's descriptors.
 _HIGH: Final = 64
@@ -186,7 +181,7 @@ def run_callable(call: Call, packed: Any, descriptors: list[int]) -> int:
             raise
         if os.getpid() != own:
             return _exit_code(error)
-        failure = _failure(error)
+        failure = failures.encode(error)
         call.context.end()
         channel.send(failure)
         return 1
@@ -199,64 +194,6 @@ def _exit_code(error: BaseException) -> int:
         return error.code or 0
     traceback.print_exception(error)
     return 1
-
-
-def _failure(error: BaseException) -> bytes:
-    kind = type(error)
-    return frames.encode(
-        Kind.FAILURE,
-        kind.__name__[:256],
-        (_describe(error) + _where(error))[:MAX_MESSAGE],
-        _format_traceback(error)[-MAX_TRACEBACK:],
-        _refused(error),
-    )
-
-
-def _refused(error: BaseException) -> str | None:
-    """Say which resource the kernel refused, when that is what was raised."""
-    number = error.errno if isinstance(error, OSError) else None
-    text = _describe(error) if isinstance(error, RuntimeError) else ""
-    if isinstance(error, MemoryError) or number == errno.ENOMEM or "allocate memory" in text:
-        # The last is torch, which raises RuntimeError.
-        return Refusal.MEMORY
-    if number == errno.EFBIG:
-        return Refusal.FILE_SIZE
-    if number == errno.EMFILE:
-        return Refusal.OPEN_FILES
-    if "start new thread" in text:
-        return Refusal.PIDS
-    return None
-
-
-def _describe(error: BaseException) -> str:
-    try:
-        return str(error).encode("utf-8", "backslashreplace").decode()
-    except Exception:  # noqa: BLE001 - a hostile __str__ must not hide the failure itself
-        return f"<{type(error).__name__} whose message cannot be shown>"
-
-
-def _where(error: BaseException) -> str:
-    """Say where a relative path was looked for, which is not where the user's program stands."""
-    name = error.filename if isinstance(error, FileNotFoundError) else None
-    if not isinstance(name, str) or os.path.isabs(name) or os.environ.get("TMPDIR") != os.getcwd():
-        return ""
-    return ' in the task\'s scratch folder; working_directory="inherit" has tasks start where the program stands'
-
-
-def _format_traceback(error: BaseException) -> str:
-    try:
-        shown = traceback.TracebackException.from_exception(error, limit=-32, compact=True)
-        text = "".join(_user_frames(shown).format())
-    except Exception as broken:  # noqa: BLE001 - as above
-        text = f"<traceback cannot be shown: {type(broken).__name__}>"
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _user_frames(shown: traceback.TracebackException) -> traceback.TracebackException:
-    """Drop the leading frame of this module: users look for their own code."""
-    while len(shown.stack) > 1 and shown.stack[0].filename == __file__:
-        del shown.stack[0]
-    return shown
 
 
 def leave(code: int) -> NoReturn:

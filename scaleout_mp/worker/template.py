@@ -28,7 +28,7 @@ from scaleout_mp.ipc.channel import ChildChannel, channel_pair, close_all
 from scaleout_mp.ipc.frames import Frame, Kind
 from scaleout_mp.sandbox import pools, probe, process, tree
 from scaleout_mp.sandbox.confinement import Confinement, Level, Preparation, prepare
-from scaleout_mp.worker import resident, task
+from scaleout_mp.worker import failures, resident, task
 from scaleout_mp.worker.guardian import Guardian
 from scaleout_mp.worker.script import Script
 from scaleout_mp.worker.spawned import Program, start_interpreter
@@ -46,8 +46,8 @@ class _NotLoaded:
 
     @classmethod
     def by(cls, error: BaseException) -> Self:
-        shown = "".join(traceback.format_exception(error))[-task.MAX_TRACEBACK :]
-        return cls(problem=f"{type(error).__name__}: {error}"[: task.MAX_MESSAGE], traceback=shown)
+        problem = f"{failures.class_name(error)}: {failures.describe(error)}"[: failures.MAX_MESSAGE]
+        return cls(problem=problem, traceback=failures.format_traceback(error))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,8 @@ class Template:
         self._pickles: dict[str, bytes] = {}
         self._loaded: dict[str, Callable[..., Any] | _NotLoaded] = {}
         self._spare: _Spare | None = None
+        #: Tags of tasks that ended since strays were looked for; None: nobody was reaped since.
+        self._ended_tags: set[int] | None = None
         #: pid of each task's first process -> (task id, tag).
         self._tasks: dict[int, tuple[str, int]] = {}
         self._wakeup, self._wakeup_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -92,6 +94,7 @@ class Template:
             while True:
                 events = poll.poll(0)
                 if not events:
+                    self._kill_strays()
                     self._keep_spare()
                     events = poll.poll()
                 ready = {descriptor for descriptor, _ in events}
@@ -293,8 +296,6 @@ class Template:
         return loaded
 
     def _reap(self) -> None:
-        ended_tags = set()
-        orphans: list[int] | None = None
         while True:
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
@@ -302,33 +303,37 @@ class Template:
                 break
             if pid == 0:
                 break
+            self._ended_tags = self._ended_tags or set()
             # Others are orphans of some task, adopted when their parent died.
             ended = self._tasks.pop(pid, None)
             if ended is None:
                 continue
             task_id, tag = ended
-            ended_tags.add(tag)
+            self._ended_tags.add(tag)
             facts = {
                 "code": os.waitstatus_to_exitcode(status),
                 "cpu_seconds": usage.ru_utime + usage.ru_stime,
                 "max_rss": usage.ru_maxrss * 1024,
-                "strays": bool(orphans := self._orphans()),
+                "strays": bool(self._orphans()),
             }
             self._channel.send(frames.encode(Kind.EXITED, task_id, facts))
-        self._kill_strays(self._orphans() if orphans is None else orphans, ended_tags)
 
     def _orphans(self) -> list[int]:
         """Return the children that are no task's first process."""
         spare = None if self._spare is None else self._spare.pid
         return [pid for pid in process.children() if pid not in self._tasks and pid != spare]
 
-    def _kill_strays(self, orphans: list[int], ended_tags: set[int]) -> None:
+    def _kill_strays(self) -> None:
         """Kill orphans of an executor that ran inside a task which is gone: nobody else knows their tags.
 
-        Those of a task that has just ended are left to the supervisor, which counts them.
+        Those of a task that has just ended are left to the supervisor, which counts them. Called when there is nothing
+        else to do: with each of a thousand that die, it would be a million looks.
         """
+        ended_tags, self._ended_tags = self._ended_tags, None
+        if ended_tags is None:
+            return
         known = ended_tags | {tag for _, tag in self._tasks.values()}
-        for pid in orphans:
+        for pid in self._orphans():
             if tree.is_stray(pid, known):
                 # A child keeps its pid until it is reaped here.
                 with contextlib.suppress(ProcessLookupError):

@@ -1,0 +1,48 @@
+"""Every fault, at every level that the package has: the supervisor must not care, and the report must be right."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import pytest
+from fault_catalogue import all_faults
+from fault_stage import Stage, modules_to_preload
+
+from scaleout_mp import TaskExecutor
+from scaleout_mp.executor import execution
+from scaleout_mp.sandbox.confinement import Level
+
+FAULTS = all_faults()
+
+
+@pytest.fixture(scope="module", params=[level.value for level in Level])
+def stage(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"faults-{request.param}")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("temp", "work", "faults"):
+            (folder / name).mkdir()
+        patch.setenv("TMPDIR", str(folder / "temp"))
+        patch.setattr(tempfile, "tempdir", None)
+        patch.chdir(folder / "work")
+        # What a task gets for threads and exit handlers after its result: the suite has many that use it up.
+        patch.setattr(execution, "EXIT_GRACE", 0.3)
+        with TaskExecutor(sandbox=request.param, preload=modules_to_preload(), echo_output=False) as executor:
+            stage = Stage(request.param, executor, folder / "faults")
+            yield stage
+            stage.close()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_fault(stage, fault):
+    missing = None if fault.needs is None else fault.needs(stage)
+    if missing is not None:
+        pytest.skip(missing)
+    stage.perform(fault)
+
+
+def test_there_are_enough_faults():
+    assert len(FAULTS) >= 60
+    assert len({os.path.basename(fault.program.__module__) for fault in FAULTS}) == len(
+        {fault.program.__module__ for fault in FAULTS}
+    )
