@@ -25,6 +25,8 @@ _CALM: Final = 0.02
 _ORPHAN_SEARCH: Final = 0.1
 #: Processes that are looked at between two events of the loop.
 _FEW: Final = 8
+#: One search for the orphans of all tasks.
+_census: Final = tree.Census(_ORPHAN_SEARCH)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -57,19 +59,23 @@ class TreeWatch:
         """Whether a look takes so long that it does not belong on an event loop."""
         return self._processes > _FEW
 
-    def look(self, clock: float) -> StopCause | None:
+    def look(self, clock: float, *, in_a_hurry: bool = False) -> StopCause | None:
         """Measure the tree and say which limit it has passed.
 
-        Takes some 50 microseconds a process, and 1 ms a process when forks share memory near the limit.
+        Takes some 50 microseconds a process, and 1 ms a process when forks share memory near the limit. `in_a_hurry`:
+        do nothing where the tree has become `large`.
         """
         started = time.monotonic()
         if self._next_search is None:
             self._next_search = clock + _ORPHAN_SEARCH
         elif clock >= self._next_search:
-            self._orphans = tree.tagged(self.tag)
+            self._orphans = _census.wearers(self.tag)
             self._next_search = clock + _ORPHAN_SEARCH
-        pids = list(dict.fromkeys([*memory.descendants(self.pid), *self._orphans]))
+        below = memory.descendants(self.pid, most=_FEW if in_a_hurry else None)
+        pids = list(dict.fromkeys([*below, *self._orphans]))
         self._processes = len(pids)
+        if in_a_hurry and self.large:
+            return None
         cause = self._look_at_memory(pids) or self._look_at_use(pids)
         self._cost = time.monotonic() - started
         return cause

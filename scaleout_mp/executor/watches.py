@@ -81,7 +81,10 @@ class Watches:
         while True:
             await asyncio.sleep(tree.pause())
             now = self._loop.time()
-            cause = await asyncio.to_thread(tree.look, now) if tree.large else tree.look(now)
+            cause = None if tree.large else tree.look(now, in_a_hurry=True)
+            if tree.large:
+                # It may have become so since the last look: a fork bomb has a thousand processes in no time.
+                cause = await asyncio.to_thread(tree.look, now)
             if cause is not None:
                 # No grace: every moment of it would go into more of the same.
                 self._on_breach(cause, graceful=False)

@@ -59,10 +59,15 @@ def exact_size(pids: list[int], shared: int) -> int:
     return total + max(0, shared_pages - shared)
 
 
-def descendants(root: int) -> list[int]:
-    """Return `root` and the processes below it, parents first. Orphans are not found; their tag finds them."""
+def descendants(root: int, *, most: int | None = None) -> list[int]:
+    """Return `root` and the processes below it, parents first. Orphans are not found; their tag finds them.
+
+    `most`: look no further once there are more than so many.
+    """
     pids = [root]
     for pid in pids:
+        if most is not None and len(pids) > most:
+            return pids
         try:
             threads = os.listdir(f"/proc/{pid}/task")
         except OSError:

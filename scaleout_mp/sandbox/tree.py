@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import math
 import os
 import random
 import resource
@@ -89,6 +90,35 @@ def tagged(tag: int) -> list[int]:
     return [
         pid for name in os.listdir("/proc") if name.isdigit() and _wears(pid := int(name), tag) and not _is_zombie(pid)
     ]
+
+
+class Census:
+    """Who wears which tag, looked up for all tasks of a supervisor at once. May be used from several threads."""
+
+    def __init__(self, seconds: float) -> None:
+        """`seconds` is how old an answer may be."""
+        self._seconds = seconds
+        self._taken = -math.inf
+        self._wearers: dict[int, list[int]] = {}
+
+    def wearers(self, tag: int) -> list[int]:
+        """Return the pids of the living processes that wore the tag at the last search."""
+        now = time.monotonic()
+        if now - self._taken > self._seconds:
+            # Before the search, so that another thread does not begin one as well.
+            self._taken = now
+            self._wearers = _search()
+        return [pid for pid in self._wearers.get(tag, ()) if _wears(pid, tag) and not _is_zombie(pid)]
+
+
+def _search() -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                worn = resource.prlimit(int(name), resource.RLIMIT_RTTIME)[1]
+                found.setdefault(worn, []).append(int(name))
+    return found
 
 
 def signal_tagged(tag: int, number: signal.Signals) -> int:
