@@ -39,6 +39,8 @@ class Surroundings:
     #: Names of variables of the program that tasks get though they are not on the allow list; with "*" for a part of
     #: a name. Level "none" passes all.
     pass_environment: Sequence[str] = ()
+    #: Whether the program is closed to other processes of its user while tasks may run, see `sandbox.shield`.
+    shield: bool = False
 
     def __post_init__(self) -> None:
         for field in ("scratch_folder", "working_directory"):

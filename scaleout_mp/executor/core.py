@@ -21,6 +21,7 @@ from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
 from scaleout_mp.sandbox import environment
 from scaleout_mp.sandbox.cgroup import MemoryGroups, remove_left_over
 from scaleout_mp.sandbox.confinement import TEMP_VARIABLES, Level
+from scaleout_mp.sandbox.shield import Shield
 from scaleout_mp.task import AbortOrigin, Record, TaskState
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class ExecutorCore:
         self._limits = limits or Limits()
         self._surroundings = surroundings or Surroundings()
         self._scratch = ScratchKeeper(self._surroundings.scratch_folder)
+        self._shield = Shield()
         self._launcher = launcher or TemplateLauncher(
             start_method=start_method,
             preload=preload,
@@ -99,6 +101,8 @@ class ExecutorCore:
         """Start the launcher and wait until it is ready. Raises LauncherError, and ConfigError."""
         await self._scratch.open()
         try:
+            if self._surroundings.shield:
+                self._shield.put_on()
             self._find_groups()
             await self._launcher.open()
         except BaseException:
@@ -257,4 +261,5 @@ class ExecutorCore:
         groups, self._groups = self._groups, None
         if groups is not None:
             groups.close()
+        self._shield.take_off()
         await self._scratch.aclose(at_once=at_once)

@@ -140,7 +140,8 @@ class TaskExecutor:
     `echo_output` passes on what tasks print. A task starts in an empty folder of its own, which goes with it;
     `scratch_folder` is where these folders are made, and `working_directory` where tasks start instead: "inherit",
     where the program stands, or a path. Of the program's environment a task gets what is on an allow list and what
-    `pass_environment` names, and `environment` in addition; see docs/security.md.
+    `pass_environment` names, and `environment` in addition; see docs/security.md. `shield` closes the program to
+    debuggers, and to tasks that would read its memory or environment.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class TaskExecutor:
         working_directory: str | os.PathLike[str] | None = None,
         environment: Mapping[str, str] | None = None,
         pass_environment: Sequence[str] = (),
+        shield: bool = False,
     ) -> None:
         self._core = ExecutorCore(
             limits=limits,
@@ -170,6 +172,7 @@ class TaskExecutor:
                 working_directory=working_directory,
                 environment=environment or {},
                 pass_environment=pass_environment,
+                shield=shield,
             ),
         )
         check_isolation(isolation)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _PR_SET_PDEATHSIG: Final = 1
+_PR_GET_DUMPABLE: Final = 3
 _PR_SET_DUMPABLE: Final = 4
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _PR_SET_NO_NEW_PRIVS: Final = 38
@@ -54,6 +55,16 @@ def die_with_parent(parent: int) -> None:
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent dies (child subreaper)."""
     prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def is_dumpable() -> bool:
+    """Whether other processes of this user may look into this one."""
+    return bool(_prctl_call(_PR_GET_DUMPABLE, 0, 0, 0, 0) == 1)
+
+
+def set_dumpable(allowed: bool) -> None:
+    """Let other processes of this user look into this one, or forbid it."""
+    prctl(_PR_SET_DUMPABLE, int(allowed))
 
 
 def forbid_new_privileges() -> None:

@@ -73,13 +73,14 @@ class GrpcEdgeClientRuntime:
         working_directory: str | os.PathLike[str] | None = None,
         environment: Mapping[str, str] | None = None,
         pass_environment: Sequence[str] = (),
+        shield: bool = True,
     ) -> None:
         """Read what is not given from the environment.
 
         `limits` bound each task. `isolation`: "task", a fresh process for each, or "worker", one process that keeps
         what the callbacks keep, see docs/isolation.md. `max_concurrent_tasks`: as many as there are processors, at
         least four. `heartbeat_interval` is in seconds. `echo_output` shows what tasks print. `scratch_folder`,
-        `working_directory`, `environment` and `pass_environment` are as for TaskExecutor.
+        `working_directory`, `environment`, `pass_environment` and `shield` are as for TaskExecutor.
         """
         if not heartbeat_interval > 0:
             raise ConfigError(f"heartbeat_interval must be above 0 seconds, not {heartbeat_interval!r}")
@@ -103,6 +104,7 @@ class GrpcEdgeClientRuntime:
             working_directory=working_directory,
             environment=environment or {},
             pass_environment=pass_environment,
+            shield=shield,
         )
         self._options: GrpcConnectionOptions | None = None
         self._tokens: tuple[str, TokenSource] | None = None

@@ -9,6 +9,8 @@ import scratch_programs as programs
 from observing import open_descriptors
 
 from scaleout_mp import TaskExecutor
+from scaleout_mp.sandbox import process
+from scaleout_mp.sandbox.shield import Shield
 
 SECRETS = {"SCALEOUT_TOKEN": "s3cret", "FEDN_AUTH_TOKEN": "s3cret", "AWS_SECRET_ACCESS_KEY": "s3cret"}
 
@@ -50,6 +52,32 @@ def test_level_none_passes_all(secrets, start_method):
         seen = executor.submit(programs.look_for_secrets).result(20)
     assert {f"{name}={value}" for name, value in SECRETS.items()} <= set(seen["os.environ"])
     assert "WANDB_MODE=online" in seen["os.environ"]
+
+
+@pytest.mark.parametrize("level", ["none", "basic", "auto"])
+def test_a_shielded_program_cannot_be_read(secrets, level):
+    before = process.is_dumpable()
+    with TaskExecutor(sandbox=level, echo_output=False, shield=True) as executor:
+        seen = executor.submit(programs.spy, os.getpid()).result(20)
+        assert not process.is_dumpable()
+    assert process.is_dumpable() == before
+    may_trace = seen.pop("may trace")
+    # Root reads what it likes as long as it has this capability.
+    readable = {name for name, error in seen.items() if not error}
+    assert readable == (set(seen) if may_trace else set())
+
+
+def test_shields_add_up():
+    before = process.is_dumpable()
+    first, second = Shield(), Shield()
+    first.put_on()
+    first.put_on()
+    second.put_on()
+    first.take_off()
+    first.take_off()
+    assert not process.is_dumpable()
+    second.take_off()
+    assert process.is_dumpable() == before
 
 
 @pytest.mark.parametrize("level", ["none", "basic", "auto"])
