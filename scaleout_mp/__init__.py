@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from scaleout_mp.client import GrpcConnectionOptions as GrpcConnectionOptions
     from scaleout_mp.client import LoggingContext as LoggingContext
     from scaleout_mp.config import Limits as Limits
+    from scaleout_mp.config import Sandbox as Sandbox
     from scaleout_mp.errors import CallbackNotSendable as CallbackNotSendable
     from scaleout_mp.errors import ConfigError as ConfigError
     from scaleout_mp.errors import IncompatibleModelFormatError as IncompatibleModelFormatError
@@ -53,6 +54,7 @@ _HOME = {
     "Limits": "config",
     "LoggingContext": "client",
     "ModelFormatError": "errors",
+    "Sandbox": "config",
     "ScaleoutError": "errors",
     "ScaleoutModel": "model",
     "ScaleoutModelBuilder": "model",

@@ -6,9 +6,10 @@ import asyncio
 import logging
 import os
 import uuid
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
-from scaleout_mp.config import Limits, Surroundings
+from scaleout_mp.config import Limits, Sandbox, Surroundings
+from scaleout_mp.config.sandbox import Level, LevelName, as_sandbox
 from scaleout_mp.errors import ConfigError
 from scaleout_mp.executor.execution import Execution, ExecutionPlan
 from scaleout_mp.executor.output import OutputRelay
@@ -20,32 +21,22 @@ from scaleout_mp.ipc import arguments
 from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
 from scaleout_mp.sandbox import environment
 from scaleout_mp.sandbox.cgroup import MemoryGroups, remove_left_over
-from scaleout_mp.sandbox.confinement import TEMP_VARIABLES, Level
+from scaleout_mp.sandbox.confinement import TEMP_VARIABLES
 from scaleout_mp.sandbox.shield import Shield
 from scaleout_mp.task import AbortOrigin, Record, TaskState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from scaleout_mp.executor.launcher import Launcher
     from scaleout_mp.executor.residents import WorkerSpec
 
 logger = logging.getLogger(__name__)
 
-Sandbox = Literal["auto", "none", "basic"]
-_LEVELS: Final[Mapping[str, Level]] = {"auto": Level.BASIC, "none": Level.NONE, "basic": Level.BASIC}
-
 #: Modules that the template imports before its first task.
 PRELOAD: Final = ("numpy", "scaleout_mp.model")
 #: Bytes; a returned model that is larger is not taken.
 MAX_MODEL_SIZE: Final = 64 * 2**30
-
-
-def sandbox_level(sandbox: str) -> Level:
-    """Return what a user's choice means on this machine. Raises ConfigError."""
-    if sandbox not in _LEVELS:
-        raise ConfigError(f"sandbox must be one of {', '.join(map(repr, _LEVELS))}, not {sandbox!r}")
-    return _LEVELS[sandbox]
 
 
 def default_concurrency() -> int:
@@ -64,7 +55,7 @@ class ExecutorCore:
         *,
         limits: Limits | None = None,
         start_method: StartMethod = "template",
-        sandbox: Sandbox = "auto",
+        sandbox: Sandbox | LevelName = "auto",
         preload: Sequence[str] = PRELOAD,
         max_concurrent_tasks: int | None = None,
         echo_output: bool = True,
@@ -76,7 +67,8 @@ class ExecutorCore:
         most = default_concurrency() if max_concurrent_tasks is None else max_concurrent_tasks
         if type(most) is not int or most < 1:
             raise ConfigError(f"max_concurrent_tasks must be a whole number above 0, not {max_concurrent_tasks!r}")
-        self._level = sandbox_level(sandbox)
+        self._sandbox = as_sandbox(sandbox)
+        self._unconfined = Level(self._sandbox.level) is Level.NONE
         self._limits = limits or Limits()
         self._surroundings = surroundings or Surroundings()
         self._scratch = ScratchKeeper(self._surroundings.scratch_folder)
@@ -84,7 +76,7 @@ class ExecutorCore:
         self._launcher = launcher or TemplateLauncher(
             start_method=start_method,
             preload=preload,
-            level=self._level,
+            sandbox=self._sandbox,
             threads=self._limits.threads,
             place=self._template_place,
         )
@@ -117,15 +109,19 @@ class ExecutorCore:
             logger.debug("memory limits are kept by the watchdog: %s", error, extra={"action": "no_memory_cgroup"})
 
     def _template_place(self) -> TemplatePlace:
-        around = self._surroundings
-        passed = os.environ if self._level is Level.NONE else environment.scrub(os.environ, around.pass_environment)
+        around, base = self._surroundings, self._scratch.folders.path
+        passed = os.environ if self._unconfined else environment.scrub(os.environ, around.pass_environment)
         own_folder = dict.fromkeys(TEMP_VARIABLES, self._scratch.template_folder())
+        start = self._start_folder(base)
         return TemplatePlace(
-            environment={**passed, **around.environment, **own_folder}, scratch=self._scratch.folders.path
+            environment={**passed, **around.environment, **own_folder},
+            scratch=base,
+            shared=() if self._groups is None else (self._groups.base,),
+            start_folder=None if start == base else start,
         )
 
     def _start_folder(self, scratch: str) -> str:
-        return self._surroundings.start_folder(scratch, inherit=self._level is Level.NONE)
+        return self._surroundings.start_folder(scratch, inherit=self._unconfined)
 
     @staticmethod
     def prepare(function: Callable[..., Any]) -> PreparedCallable:

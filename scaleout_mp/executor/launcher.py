@@ -30,6 +30,8 @@ class Started:
     pid: int
     #: "template" or "spawn".
     method: str
+    #: What confines it, for people.
+    layers: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

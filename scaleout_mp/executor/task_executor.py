@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from scaleout_mp.config import Limits
-    from scaleout_mp.executor.core import Sandbox
+    from scaleout_mp.config import Limits, Sandbox
+    from scaleout_mp.config.sandbox import LevelName
     from scaleout_mp.executor.execution import Execution, Outcome
     from scaleout_mp.executor.residents import WorkerSpec
     from scaleout_mp.executor.template import StartMethod
@@ -135,8 +135,8 @@ class TaskExecutor:
     Use it as a context manager; on the way out it waits for running tasks, or aborts them after an exception.
     `limits` are the default of every task. `isolation` is "task" (a fresh process for each) or "worker" (for each
     callable one that stays and keeps its state), see docs/isolation.md. `start_method` is "template" (fork from a warm
-    interpreter, about a millisecond) or "spawn" (a fresh interpreter each time). `sandbox` is "auto", "none" or
-    "basic", see docs/security.md. `preload` names modules that the template imports once.
+    interpreter, about a millisecond) or "spawn" (a fresh interpreter each time). `sandbox` is "auto", "none",
+    "basic", "strict" or a `Sandbox`, see docs/security.md. `preload` names modules that the template imports once.
     `echo_output` passes on what tasks print. A task starts in an empty folder of its own, which goes with it;
     `scratch_folder` is where these folders are made, and `working_directory` where tasks start instead: "inherit",
     where the program stands, or a path. Of the program's environment a task gets what is on an allow list and what
@@ -149,7 +149,7 @@ class TaskExecutor:
         *,
         limits: Limits | None = None,
         start_method: StartMethod = "template",
-        sandbox: Sandbox = "auto",
+        sandbox: Sandbox | LevelName = "auto",
         preload: Sequence[str] = PRELOAD,
         isolation: Isolation = "task",
         max_concurrent_tasks: int | None = None,

@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import scaleout_mp
+from scaleout_mp.config import Sandbox
 from scaleout_mp.config.machine import THREAD_VARIABLES, wanted_threads
 from scaleout_mp.errors import LauncherError, ProtocolViolation
 from scaleout_mp.executor.launcher import Child, Exited, Started, StartOrder
@@ -19,7 +20,7 @@ from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.channel import channel_pair, close_all
 from scaleout_mp.ipc.frames import MAX_LOADED, Frame, Kind
 from scaleout_mp.ipc.loop_channel import SupervisorChannel
-from scaleout_mp.sandbox.confinement import Level
+from scaleout_mp.sandbox.layers import Rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +44,10 @@ class TemplatePlace:
     environment: Mapping[str, str]
     #: The folder that holds the scratch folders, for who is left when the supervisor is killed.
     scratch: str
+    #: Other folders in which each task has something of its own.
+    shared: tuple[str, ...] = ()
+    #: Where all tasks start; "" for where the template stands, None for each in its own folder.
+    start_folder: str | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -55,6 +60,8 @@ class _Life:
     #: Keys of the callables it holds, oldest first: the template drops them in the same order.
     keys: dict[str, str]
     children: dict[str, Child]
+    #: What its tasks have on, of `sandbox.layers`.
+    layers: tuple[str, ...] = ()
     closing: bool = False
     #: It hung in user code.
     abandoned: bool = False
@@ -68,7 +75,7 @@ class TemplateLauncher:
         *,
         start_method: StartMethod = "template",
         preload: Sequence[str] = (),
-        level: Level = Level.BASIC,
+        sandbox: Sandbox | None = None,
         threads: int | None = None,
         place: Callable[[], TemplatePlace],
     ) -> None:
@@ -77,12 +84,14 @@ class TemplateLauncher:
         `place` is called whenever a template is started.
         """
         self._place = place
-        self._level = level
+        self._sandbox = sandbox or Sandbox(level="auto")
         self._threads = threads or wanted_threads()
         self._start_method = start_method
         self._preload = list(preload)
         self._life: _Life | None = None
         self._said_fallback = False
+        #: What a template missed: the next one will miss it as well.
+        self._said: set[str] = set()
         self._burials: set[asyncio.Task[None]] = set()
 
     @property
@@ -152,7 +161,7 @@ class TemplateLauncher:
                 self._preload,
                 _script_fields(),
                 self._threads,
-                self._level.value,
+                _rules(self._sandbox, place).to_fields(),
             )
         )
         logger.debug("template started", extra={"action": "template_started", "template_pid": process.pid})
@@ -175,11 +184,16 @@ class TemplateLauncher:
         except (TypeError, KeyError) as error:
             raise ProtocolViolation(f"the template sent a {frame.kind.name} that does not fit: {error}") from error
 
-    def _on_ready(self, life: _Life, fatal: str | None, problems: list[str], unforkable: str | None) -> None:
+    def _on_ready(
+        self, life: _Life, fatal: str | None, problems: list[str], unforkable: str | None, layers: list[str]
+    ) -> None:
+        life.layers = tuple(layers)
         if fatal is not None and not life.ready.done():
             life.ready.set_exception(LauncherError(f"no task can run here: {fatal}"))
         for problem in problems:
-            logger.warning("template: %s", problem, extra={"action": "template_problem"})
+            if problem not in self._said:
+                self._said.add(problem)
+                logger.warning("template: %s", problem, extra={"action": "template_problem"})
         self._note_fallback(unforkable)
         if not life.ready.done():
             life.ready.set_result(None)
@@ -202,7 +216,7 @@ class TemplateLauncher:
     def _on_started(self, life: _Life, task_id: str, pid: int, method: str) -> None:
         started = life.children[task_id].started
         if not started.done():
-            started.set_result(Started(pid=pid, method=method))
+            started.set_result(Started(pid=pid, method=method, layers=life.layers))
 
     def _on_not_started(self, life: _Life, task_id: str, problem: str) -> None:
         self._fail(life.children.pop(task_id), problem)
@@ -296,6 +310,11 @@ def _template_environment(environment: Mapping[str, str]) -> dict[str, str]:
     package_root = os.path.dirname(os.path.dirname(scaleout_mp.__file__))
     search_path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), package_root]))
     return {**environment, **dict.fromkeys(THREAD_VARIABLES, "1"), "PYTHONPATH": search_path}
+
+
+def _rules(sandbox: Sandbox, place: TemplatePlace) -> Rules:
+    start = [] if place.start_folder is None else [place.start_folder or os.getcwd()]
+    return Rules.of(sandbox, read=start, places=(place.scratch, *place.shared))
 
 
 def _script_fields() -> dict[str, Any]:

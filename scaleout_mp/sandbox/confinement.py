@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import logging
 import os
 import resource
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
-from scaleout_mp.sandbox import probe, process, seccomp, tree
+from scaleout_mp.sandbox import process, tree
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from scaleout_mp.sandbox.layers import OwnLayers
 
 #: What may be reserved without being touched: stacks of threads count in full, and allocators take more than they use.
 _DATA_SLACK: Final = 1 << 30
@@ -21,50 +20,6 @@ _DATA_SLACK: Final = 1 << 30
 
 #: What programs ask for a place for temporary files.
 TEMP_VARIABLES: Final = ("TMPDIR", "TMP", "TEMP")
-
-
-class Level(enum.StrEnum):
-    """How much a task is confined, apart from its limits."""
-
-    #: Limits only.
-    NONE = "none"
-    #: No new privileges, and a filter for system calls that reach other processes or the machine.
-    BASIC = "basic"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Preparation:
-    """What came of preparing a template."""
-
-    #: For `Confinement.apply`.
-    own_filter: bytes | None = None
-    #: Why a part of the level is missing on this machine.
-    problem: str | None = None
-
-
-def prepare(level: Level, protected: Sequence[int]) -> Preparation:
-    """Put on what every task of a template inherits. Called in the template, before user code is loaded there.
-
-    `protected` are pids that neither the template nor its tasks may touch; tasks may not touch the template either.
-    What this machine refuses is tried out first, and said.
-    """
-    if level is Level.NONE:
-        return Preparation()
-    process.forbid_new_privileges()
-    try:
-        base, own = seccomp.build_base(protected), seccomp.build_own(os.getpid())
-    except OSError as error:
-        return Preparation(problem=f"tasks have no system call filter: {error.strerror}")
-
-    def put_on() -> None:
-        seccomp.install(base)
-        seccomp.install(own)
-
-    refused = probe.refusal(put_on)
-    if refused is not None:
-        return Preparation(problem=f"tasks have no system call filter: {refused}")
-    seccomp.install(base)
-    return Preparation(own_filter=own)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,17 +57,17 @@ class Confinement:
         """Return what a frame carries."""
         return dataclasses.asdict(self)
 
-    def apply(self, own_filter: bytes | None) -> None:
-        """Put it on; `own_filter` is what `seccomp.build_own` returned, None where there is no filter.
+    def apply(self, own: OwnLayers) -> None:
+        """Put it on. The rest of the level came with the fork, from a template that is prepared.
 
-        The rest of the level came with the fork, from a template that is `prepared`. Raises OSError when the kernel
-        refuses a part that was found to work before: then no user code may run.
+        Raises OSError when the kernel refuses a part that was found to work before: then no user code may run.
         """
+        # The template is closed, and this one was until now.
+        process.set_dumpable(True)
         self._apply_limits()
         self._enter_folders()
         # Last: it forbids what comes before.
-        if own_filter is not None:
-            seccomp.install(own_filter)
+        own.put_on(self.scratch)
 
     def _enter_folders(self) -> None:
         if self.scratch:

@@ -35,11 +35,13 @@ _prctl_call.restype = ctypes.c_int
 _IGNORED_BY_PYTHON: Final = frozenset({signal.SIGPIPE, signal.SIGXFSZ})
 
 
-def prctl(option: int, value: int, extra: int = 0) -> None:
-    """Change one property of this process. Raises OSError."""
-    if _prctl_call(option, value, extra, 0, 0) != 0:
+def prctl(option: int, value: int, extra: int = 0) -> int:
+    """Change or read one property of this process. Raises OSError."""
+    result = _prctl_call(option, value, extra, 0, 0)
+    if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"prctl({option}, {value}): {os.strerror(number)}")
+    return int(result)
 
 
 def die_with_parent(parent: int) -> None:

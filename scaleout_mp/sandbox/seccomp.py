@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import enum
 import errno
 import platform
 import resource
@@ -45,6 +46,16 @@ _NEW_NAMESPACES: Final = 0x7E020000
 _X32_BIT: Final = 0x40000000
 
 
+class Families(enum.Enum):
+    """Which sockets can be made."""
+
+    ALL = enum.auto()
+    #: No exotic ones, such as those between a virtual machine and its host, which no namespace holds.
+    NETWORK = enum.auto()
+    #: Between processes of this machine only.
+    LOCAL = enum.auto()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Machine:
     """What differs between processor architectures."""
@@ -72,12 +83,14 @@ _NUMBERS: Final[Mapping[str, tuple[int | None, int | None]]] = {
     "clone3": (435, 435),
     "delete_module": (176, 106),
     "fanotify_init": (300, 262),
+    "fcntl": (72, 25),
     "finit_module": (313, 273),
     "fsconfig": (431, 431),
     "fsmount": (432, 432),
     "fsopen": (430, 430),
     "fspick": (433, 433),
     "init_module": (175, 105),
+    "ioctl": (16, 29),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
     "io_uring_setup": (425, 425),
@@ -89,6 +102,9 @@ _NUMBERS: Final[Mapping[str, tuple[int | None, int | None]]] = {
     "kexec_load": (246, 104),
     "keyctl": (250, 219),
     "kill": (62, 129),
+    "lookup_dcookie": (212, 18),
+    "lsm_set_self_attr": (460, 460),
+    "memfd_secret": (447, 447),
     "migrate_pages": (256, 238),
     "mount": (165, 40),
     "mount_setattr": (442, 442),
@@ -96,9 +112,11 @@ _NUMBERS: Final[Mapping[str, tuple[int | None, int | None]]] = {
     "move_pages": (279, 239),
     "open_by_handle_at": (304, 265),
     "open_tree": (428, 428),
+    "open_tree_attr": (467, 467),
     "perf_event_open": (298, 241),
     "pidfd_getfd": (438, 438),
     "pidfd_open": (434, 434),
+    "pidfd_send_signal": (424, 424),
     "pivot_root": (155, 41),
     "prlimit64": (302, 261),
     "process_madvise": (440, 440),
@@ -122,6 +140,8 @@ _NUMBERS: Final[Mapping[str, tuple[int | None, int | None]]] = {
     "setpriority": (141, 140),
     "setrlimit": (160, 164),
     "settimeofday": (164, 170),
+    "socket": (41, 198),
+    "socketpair": (53, 199),
     "swapoff": (168, 225),
     "swapon": (167, 224),
     "syslog": (103, 116),
@@ -159,6 +179,9 @@ DENIED: Final = (
     "kexec_file_load",
     "kexec_load",
     "keyctl",
+    "lookup_dcookie",
+    "lsm_set_self_attr",
+    "memfd_secret",
     "migrate_pages",
     "mount",
     "mount_setattr",
@@ -166,8 +189,11 @@ DENIED: Final = (
     "move_pages",
     "open_by_handle_at",
     "open_tree",
+    "open_tree_attr",
     "perf_event_open",
     "pidfd_getfd",
+    # A folder of /proc serves as a pidfd of any process: what `pidfd_open` refuses would be no help.
+    "pidfd_send_signal",
     "pivot_root",
     "process_madvise",
     "process_mrelease",
@@ -208,6 +234,23 @@ _BY_PID: Final = {
     "tkill": 0,
 }
 
+#: Calls that act on processes or on groups of them: which argument says on what, and which value of it means one
+#: process, named by the argument after it. A task may use them on itself alone.
+_BY_KIND: Final = {"ioprio_set": (0, 1), "setpriority": (0, 0)}
+
+#: Stands in a filter for the pid of the task that will put it on; no pid is as large.
+_OWN_PID: Final = 0x7FFFFFFF
+
+#: fcntl(2): who gets the signals of a descriptor, which may be any signal.
+_F_SETOWN: Final = 8
+_F_SETOWN_EX: Final = 15
+#: ioctl(2): the same for sockets (FIOSETOWN, SIOCSPGRP), and typing into terminals (TIOCSTI, TIOCLINUX).
+_BAD_IOCTLS: Final = (0x8901, 0x8902, 0x5412, 0x541C)
+
+#: Families of sockets that have an owner in a network namespace: unix, IPv4, IPv6, netlink.
+_LOCAL_FAMILIES: Final = (1,)
+_NETWORK_FAMILIES: Final = (1, 2, 10, 16)
+
 
 def _instruction(code: int, operand: int, *, skip_true: int = 0, skip_false: int = 0) -> bytes:
     return struct.pack("=HBBI", code, skip_true, skip_false, operand & 0xFFFFFFFF)
@@ -225,6 +268,32 @@ def _argument(index: int, *, high: bool = False) -> bytes:
 def _deny_when(argument: int, jump: int, operand: int) -> list[bytes]:
     """Deny on a test of the low half of an argument: numbers of 32 bits have no other."""
     return [_argument(argument), _instruction(jump, operand, skip_false=1), _DENY]
+
+
+def _allow_only(argument: int, values: Sequence[int]) -> list[bytes]:
+    """Allow when the argument is one of the values."""
+    last = len(values) - 1
+    tests = [_instruction(_JUMP_EQUAL, value, skip_true=last - index + 1) for index, value in enumerate(values)]
+    return [_argument(argument), *tests, _DENY, _PASS]
+
+
+def _own(argument: int) -> list[bytes]:
+    """Allow when the argument names the calling process, which can also call itself 0."""
+    return _allow_only(argument, (0, _OWN_PID))
+
+
+def _deny_limit_of_others() -> list[bytes]:
+    """Deny a new limit for any process but the calling one; reading them is free."""
+    return [
+        _argument(2),
+        _instruction(_JUMP_EQUAL, 0, skip_false=2),
+        _argument(2, high=True),
+        _instruction(_JUMP_EQUAL, 0, skip_true=4),
+        _argument(0),
+        _instruction(_JUMP_EQUAL, 0, skip_true=2),
+        _instruction(_JUMP_EQUAL, _OWN_PID, skip_true=1),
+        _DENY,
+    ]
 
 
 def _deny_new_limit(kind: int, pointer: int) -> list[bytes]:
@@ -296,11 +365,11 @@ def _program() -> _Program:
     return _Program(machine)
 
 
-def build_base(protected: Iterable[int] = ()) -> bytes:
+def build_base(protected: Iterable[int] = (), families: Families = Families.ALL) -> bytes:
     """Return the filter that is the same for every task; the template puts it on, and tasks inherit it.
 
-    `protected` are pids that neither template nor tasks may touch: supervisor and guardian. Raises OSError on a machine
-    that the tables do not know.
+    `protected` are pids that neither template nor tasks may touch: supervisor and guardian. `families` are those of
+    the sockets that can be made. Raises OSError on a machine that the tables do not know.
     """
     program = _program()
     for name in DENIED:
@@ -310,6 +379,11 @@ def build_base(protected: Iterable[int] = ()) -> bytes:
     program.on("clone", [*_deny_when(0, _JUMP_ANY_BIT, _NEW_NAMESPACES), _PASS])
     for name, argument in _BY_PID.items():
         program.on(name, _deny_pids(argument, protected, everybody=name == "kill"))
+    program.on("ioctl", [*(step for number in _BAD_IOCTLS for step in _deny_when(1, _JUMP_EQUAL, number)), _PASS])
+    if families is not Families.ALL:
+        allowed = _LOCAL_FAMILIES if families is Families.LOCAL else _NETWORK_FAMILIES
+        for name in ("socket", "socketpair"):
+            program.on(name, _allow_only(0, allowed))
     return program.finish()
 
 
@@ -322,9 +396,25 @@ def build_own(template: int) -> bytes:
     # The tag of the task's tree must stay.
     program.on("setrlimit", [*_deny_new_limit(0, 1), _PASS])
     for name, argument in _BY_PID.items():
-        before = _deny_new_limit(1, 2) if name == "prlimit64" else []
-        program.on(name, [*before, *_deny_pids(argument, [template])])
+        program.on(name, _deny_pids(argument, [template]))
+    program.on("prlimit64", [*_deny_new_limit(1, 2), *_deny_limit_of_others(), _PASS])
+    for name, (kind, one_process) in _BY_KIND.items():
+        program.on(name, [_argument(kind), _instruction(_JUMP_EQUAL, one_process, skip_true=1), _DENY, *_own(kind + 1)])
+    program.on(
+        "fcntl",
+        [
+            *_deny_when(1, _JUMP_EQUAL, _F_SETOWN_EX),
+            _instruction(_JUMP_EQUAL, _F_SETOWN, skip_true=1),
+            _PASS,
+            *_own(2),
+        ],
+    )
     return program.finish()
+
+
+def for_process(own: bytes, pid: int) -> bytes:
+    """Return what `build_own` returned, for the process that puts it on."""
+    return own.replace(struct.pack("=I", _OWN_PID), struct.pack("=I", pid))
 
 
 def _deny_pids(argument: int, protected: Iterable[int], *, everybody: bool = False) -> list[bytes]:

@@ -9,9 +9,10 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from scaleout_mp.config import Limits, Settings, Surroundings
+from scaleout_mp.config import Limits, Sandbox, Settings, Surroundings
+from scaleout_mp.config.sandbox import LevelName, as_sandbox
 from scaleout_mp.errors import AuthenticationError, CallbackNotSendable, ConfigError, NotConnectedError, ScaleoutError
-from scaleout_mp.executor.core import Sandbox, default_concurrency, sandbox_level
+from scaleout_mp.executor.core import default_concurrency
 from scaleout_mp.executor.worker_handle import Isolation, check_isolation
 from scaleout_mp.supervisor import connecting, messages
 from scaleout_mp.supervisor.blocking import run_blocking
@@ -63,7 +64,7 @@ class GrpcEdgeClientRuntime:
         *,
         limits: Limits | None = None,
         start_method: Literal["template", "spawn"] = "template",
-        sandbox: Sandbox = "auto",
+        sandbox: Sandbox | LevelName = "auto",
         isolation: Isolation = "task",
         settings: Settings | None = None,
         max_concurrent_tasks: int | None = None,
@@ -92,8 +93,7 @@ class GrpcEdgeClientRuntime:
         self.limits = limits or Limits()
         self._client = client
         self._start_method: Literal["template", "spawn"] = start_method
-        sandbox_level(sandbox)
-        self._sandbox: Sandbox = sandbox
+        self._sandbox = as_sandbox(sandbox)
         check_isolation(isolation)
         self._isolation = isolation
         self._max_concurrent_tasks = default_concurrency() if max_concurrent_tasks is None else max_concurrent_tasks

@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from scaleout_mp.client import EdgeClient
-    from scaleout_mp.config import Limits, Settings, Surroundings
-    from scaleout_mp.executor.core import Sandbox
+    from scaleout_mp.config import Limits, Sandbox, Settings, Surroundings
     from scaleout_mp.executor.worker_handle import Isolation
     from scaleout_mp.transport.calls import CombinerCalls
     from scaleout_mp.transport.outbox import MessageKind

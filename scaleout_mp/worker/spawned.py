@@ -12,13 +12,14 @@ import fcntl
 import os
 import pickle
 import sys
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 import msgpack
 
 from scaleout_mp.config.machine import THREAD_VARIABLES
 from scaleout_mp.sandbox import process
 from scaleout_mp.sandbox.confinement import Confinement
+from scaleout_mp.sandbox.layers import OwnLayers
 from scaleout_mp.worker import resident, task
 from scaleout_mp.worker.script import Script
 from scaleout_mp.worker.task import CHANNEL_DESCRIPTOR
@@ -37,7 +38,20 @@ class Program:
 
     script: Script
     pickled: bytes
-    own_filter: bytes | None
+    own: OwnLayers
+
+    def to_fields(self) -> dict[str, Any]:
+        """Return what is packed for the interpreter."""
+        return {"script": dataclasses.asdict(self.script), "pickled": self.pickled, "own": self.own.to_fields()}
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Self:
+        """Read what `to_fields` returned."""
+        return cls(
+            script=Script(**fields["script"]),
+            pickled=fields["pickled"],
+            own=OwnLayers.from_fields(fields["own"]),
+        )
 
 
 def start_interpreter(descriptors: Sequence[int], confinement: Confinement, program: Program) -> int:
@@ -48,7 +62,7 @@ def start_interpreter(descriptors: Sequence[int], confinement: Confinement, prog
     order = os.memfd_create("scaleout-order", os.MFD_CLOEXEC)
     high = []
     try:
-        packed = msgpack.packb([os.getpid(), confinement.to_fields(), dataclasses.asdict(program)])
+        packed = msgpack.packb([os.getpid(), confinement.to_fields(), program.to_fields()])
         _write_all(order, packed)
         high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _HIGH) for descriptor in (*descriptors, order)]
         channel, stdout, stderr, stacks, moved_order = high
@@ -85,14 +99,14 @@ def main() -> NoReturn:
     for descriptor in (CHANNEL_DESCRIPTOR, process.STACK_DESCRIPTOR):
         os.set_inheritable(descriptor, False)
     confinement = Confinement(**confinement_fields)
-    program = Program(**{**program_fields, "script": Script(**program_fields["script"])})
+    program = Program.from_fields(program_fields)
     process.reset_signals(process.changed_signals())
     faulthandler.enable(file=2)
     os.setsid()
     process.die_with_parent(template)
     # Before the limits: it needs descriptors for a moment.
     streams = task.line_streams()
-    confinement.apply(program.own_filter)
+    confinement.apply(program.own)
     program.script.apply_search_path()
 
     def load() -> Callable[..., Any]:

@@ -27,7 +27,8 @@ from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.channel import ChildChannel, channel_pair, close_all
 from scaleout_mp.ipc.frames import Frame, Kind
 from scaleout_mp.sandbox import pools, probe, process, tree
-from scaleout_mp.sandbox.confinement import Confinement, Level, Preparation, prepare
+from scaleout_mp.sandbox.confinement import Confinement
+from scaleout_mp.sandbox.layers import Preparation, Rules, prepare
 from scaleout_mp.worker import failures, resident, task
 from scaleout_mp.worker.guardian import Guardian
 from scaleout_mp.worker.script import Script
@@ -132,21 +133,26 @@ class Template:
 
     # --- Loading -------------------------------------------------------------------------------------------------
 
-    def _set_up(self, spawn: bool, preload: list[str], script: dict[str, Any], threads: int, level: str) -> None:
+    def _set_up(
+        self, spawn: bool, preload: list[str], script: dict[str, Any], threads: int, rules: dict[str, Any]
+    ) -> None:
         self._spawn = spawn
         self._threads = threads
         self._script = Script(**script)
         self._script.apply_search_path()
         fatal = probe.refusal(lambda: tree.wear_tag(tree.new_tag()))
-        self._preparation = prepare(Level(level), [self._supervisor, os.getppid()])
-        problems = [] if self._preparation.problem is None else [self._preparation.problem]
+        self._preparation = prepare(Rules.from_fields(rules), [self._supervisor, os.getppid()])
+        # Changes of privileges may undo it.
+        process.die_with_parent(os.getppid())
+        problems = list(self._preparation.missing)
         if not spawn and fatal is None:
             for module in preload:
                 try:
                     importlib.import_module(module)
                 except BaseException as error:  # noqa: BLE001 - a preload is a courtesy; the supervisor logs it
                     problems.append(f"cannot preload {module}: {type(error).__name__}: {error}")
-        self._channel.send(frames.encode(Kind.READY, fatal, problems, self._check_forkable()))
+        in_force = [layer.value for layer in self._preparation.in_force]
+        self._channel.send(frames.encode(Kind.READY, fatal, problems, self._check_forkable(), in_force))
 
     def _load(self, key: str, pickled: bytes) -> None:
         # It was forked before this callable was there.
@@ -201,7 +207,7 @@ class Template:
                 pid = start_interpreter(
                     frame.descriptors,
                     _confinement(frame),
-                    Program(script=self._script, pickled=self._pickles[key], own_filter=self._preparation.own_filter),
+                    Program(script=self._script, pickled=self._pickles[key], own=self._preparation.own),
                 )
             else:
                 pid = self._use_spare(frame) or self._fork(lambda: frame)
@@ -231,7 +237,7 @@ class Template:
                 confinement = _confinement(frame)
                 task.arrange_descriptors(*frame.descriptors)
                 task.forget_exit_handlers()
-                confinement.apply(self._preparation.own_filter)
+                confinement.apply(self._preparation.own)
                 self._pools.apply(confinement.threads)
                 serve = resident.run if confinement.resident else task.run
                 serve(lambda: self._take(frame.fields[1]), confinement, self._script, self._streams)

@@ -82,7 +82,9 @@ def test_levels():
 
 
 def test_an_unknown_level_is_named():
-    with pytest.raises(ConfigError, match="sandbox must be one of 'auto', 'none', 'basic', not 'very'"):
+    with pytest.raises(
+        ConfigError, match="sandbox must be one of 'auto', 'none', 'basic', 'strict', or a Sandbox, not 'very'"
+    ):
         TaskExecutor(sandbox="very")
 
 
