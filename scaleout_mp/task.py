@@ -63,6 +63,8 @@ class EndReason(enum.StrEnum):
     PIDS = "pids"
     #: The task wrote, or wanted to write, a file larger than it may.
     FILE_SIZE = "file_size"
+    #: The task wrote more into its scratch folder than it may.
+    SCRATCH_SIZE = "scratch_size"
     #: The task wanted more descriptors than it may have.
     OPEN_FILES = "open_files"
     #: The server asked for the end (status INTERRUPTED).
@@ -196,6 +198,7 @@ _ERRORS: Final[Mapping[EndReason, type[TaskError]]] = {
     EndReason.CPU_TIME: TaskKilled,
     EndReason.NO_PROGRESS: TaskKilled,
     EndReason.PIDS: TaskKilled,
+    EndReason.SCRATCH_SIZE: TaskKilled,
     EndReason.FILE_SIZE: TaskFailed,
     EndReason.OPEN_FILES: TaskFailed,
     EndReason.INTERRUPTED_BY_SERVER: TaskKilled,

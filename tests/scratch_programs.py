@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import subprocess
@@ -203,6 +204,69 @@ def hang():
     _fill()
     while True:
         time.sleep(100)
+
+
+# Each writes into the scratch folder without an end, in its own way.
+
+_PIECE = b"x" * (1 << 20)
+
+
+def fill_one_file():
+    with open("data", "wb", buffering=0) as file:
+        while True:
+            file.write(_PIECE)
+
+
+def fill_nameless_file():
+    with tempfile.TemporaryFile(buffering=0) as file:
+        while True:
+            file.write(_PIECE)
+
+
+def fill_nameless_file_in_a_child():
+    code = "import scratch_programs; scratch_programs.fill_nameless_file()"
+    path = os.pathsep.join(filter(None, sys.path))
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True)
+
+
+def fill_with_small_files():
+    for number in itertools.count():
+        if number % 1000 == 0:
+            os.mkdir(f"{number // 1000}")
+        os.close(os.open(f"{number // 1000}/{number}", os.O_CREAT | os.O_WRONLY))
+
+
+def go_deep():
+    while True:
+        os.mkdir("d")
+        os.chdir("d")
+
+
+def close_it():
+    os.makedirs("a/b")
+    os.chmod("a", 0)
+    time.sleep(60)
+
+
+FILLING = (
+    fill_one_file,
+    fill_nameless_file,
+    fill_nameless_file_in_a_child,
+    fill_with_small_files,
+    go_deep,
+)
+
+
+def stay_below(size):
+    """Write that many bytes, once into a file with many names, and leave room in another."""
+    with open("data", "wb") as file:
+        file.write(b"x" * size)
+    for number in range(20):
+        os.link("data", f"name{number}")
+    with open("sparse", "wb") as file:
+        file.truncate(100 * size)
+    time.sleep(0.5)
+    return True
 
 
 #: A program whose task stays at work; its argument is the scratch folder.

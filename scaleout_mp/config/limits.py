@@ -102,6 +102,8 @@ class Limits:
     open_files: int | None = None
     #: Each file that the task writes.
     file_size: int | str | None = None
+    #: All that is in the task's scratch folder: bytes on the disk, and 512 for each file itself.
+    scratch_size: int | str | None = None
     #: How much of the end of standard output, and of standard error, is kept for the report.
     output_bytes: int | str = 8192
     #: Threads of BLAS and OpenMP pools; None: as many as there are processors.
@@ -122,10 +124,11 @@ class Limits:
         for field, least in (("pids", 1), ("open_files", MIN_OPEN_FILES), ("threads", 1)):
             if getattr(self, field) is not None:
                 _count(field, getattr(self, field), least)
-        if self.file_size is not None:
-            _at_least("file_size", self.file_size_bytes, 0, "bytes")
-            if self.file_size_bytes > MAX_SIZE:
-                raise ConfigError(f"file_size must be at most 2**60 bytes, not {self.file_size!r}")
+        for field, size in (("file_size", self.file_size), ("scratch_size", self.scratch_size)):
+            if size is not None:
+                _at_least(field, parse_size(size, field=field), 0, "bytes")
+                if parse_size(size, field=field) > MAX_SIZE:
+                    raise ConfigError(f"{field} must be at most 2**60 bytes, not {size!r}")
         _at_least("output_bytes", self.output_size, 0, "bytes")
 
     @property
@@ -153,6 +156,11 @@ class Limits:
     def file_size_bytes(self) -> int:
         """The limit of a file in bytes. Call it only when there is one."""
         return parse_size(self.file_size, field="file_size")
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The limit of the scratch folder in bytes. Call it only when there is one."""
+        return parse_size(self.scratch_size, field="scratch_size")
 
     @property
     def output_size(self) -> int:

@@ -257,6 +257,7 @@ class Execution:
             shared=packed.model_bytes + packed.memory_bytes,
             group=self._group,
             on_breach=self._on_breach,
+            scratch=self._scratch,
         )
         self._child = self._launcher.start(order)
         lines.passed_on()

@@ -140,6 +140,7 @@ class ResidentExecution(Execution):
             shared=self._handed_over(),
             group=self._group,
             on_breach=self._on_breach,
+            scratch=self._scratch,
         )
 
     def _handed_over(self) -> int:

@@ -48,6 +48,8 @@ class TreeWatch:
     now: int = 0
     peak: int = 0
     cpu: float = 0.0
+    #: The processes of the tree, at the last look.
+    pids: list[int] = dataclasses.field(default_factory=list)
     _orphans: list[int] = dataclasses.field(default_factory=list)
     _next_search: float | None = None
     _grew: bool = True
@@ -76,6 +78,7 @@ class TreeWatch:
         self._processes = len(pids)
         if in_a_hurry and self.large:
             return None
+        self.pids = pids
         cause = self._look_at_memory(pids) or self._look_at_use(pids)
         self._cost = time.monotonic() - started
         return cause

@@ -7,6 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from scaleout_mp.executor.report import StopCause
+from scaleout_mp.executor.scratch_watch import ScratchWatch
 from scaleout_mp.executor.watchdog import TreeWatch
 from scaleout_mp.task import EndReason
 
@@ -30,9 +31,20 @@ class Watches:
     """Made when the task is ordered; on the executor's event loop."""
 
     def __init__(
-        self, limits: Limits, *, tag: int, shared: int, group: MemoryGroup | None, on_breach: OnBreach
+        self,
+        limits: Limits,
+        *,
+        tag: int,
+        shared: int,
+        group: MemoryGroup | None,
+        on_breach: OnBreach,
+        scratch: str = "",
     ) -> None:
-        """Watch the tree that wears `tag`; `shared` is the size in bytes of the models that it was handed."""
+        """Watch the tree that wears `tag`.
+
+        `shared` is the size in bytes of the models that it was handed, `scratch` the path of its scratch folder.
+        """
+        self._scratch = scratch
         self._limits = limits
         self._tag = tag
         self._shared = shared
@@ -59,6 +71,8 @@ class Watches:
             group=self._group,
         )
         self._run(self._watch_use(self.tree))
+        if self._scratch and self._limits.scratch_size is not None:
+            self._run(self._watch_scratch(self.tree))
         self._run(self._watch_progress())
 
     def sign_of_life(self) -> None:
@@ -87,6 +101,18 @@ class Watches:
                 cause = await asyncio.to_thread(tree.look, now)
             if cause is not None:
                 # No grace: every moment of it would go into more of the same.
+                self._on_breach(cause, graceful=False)
+                return
+
+    async def _watch_scratch(self, tree: TreeWatch) -> None:
+        watch = ScratchWatch(
+            folder=self._scratch, limit=self._limits.scratch_bytes, pids=lambda: tree.pids or [tree.pid]
+        )
+        while True:
+            await asyncio.sleep(watch.pause())
+            cause = await asyncio.to_thread(watch.look) if watch.large else watch.look()
+            if cause is not None:
+                # No grace, as above.
                 self._on_breach(cause, graceful=False)
                 return
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import scratch_programs as programs
 from observing import wait_until
 
 from scaleout_mp import ConfigError, EndReason, Limits, TaskExecutor, TaskFailed
+from scaleout_mp.task import StopStage
 
 LEVELS = ("none", "basic")
 
@@ -149,6 +151,34 @@ def test_a_file_that_is_not_found_from_there_is_explained(base, start_method):
         executor.submit(programs.open_relative).result(20)
     with TaskExecutor(echo_output=False, scratch_folder=base, working_directory="inherit") as executor:
         assert "working_directory" not in executor.submit(programs.open_relative).report(20).message
+
+
+@pytest.mark.parametrize("program", programs.FILLING, ids=lambda program: program.__name__)
+def test_too_much_in_it_ends_the_task(base, program):
+    limits = Limits(scratch_size="4MiB" if program is programs.fill_with_small_files else "32MiB", abort_grace=5)
+    with TaskExecutor(echo_output=False, scratch_folder=base, limits=limits) as executor:
+        report = executor.submit(program).report(60)
+        assert report.reason is EndReason.SCRATCH_SIZE
+        assert report.stopped_by is StopStage.SIGKILL
+        assert "docs/why-was-my-task-killed.md#scratch-size" in report.explain()
+        if program is programs.go_deep:
+            assert "nested more than 64 deep" in report.message
+        else:
+            assert re.match(r"has \d.* or more in its scratch folder, its limit is (32.0|4.0) MiB;", report.message)
+        wait_until(lambda: folders(base) == [], seconds=20, what="no scratch folder is left")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_a_folder_that_cannot_be_measured_ends_the_task(base):
+    with TaskExecutor(echo_output=False, scratch_folder=base, limits=Limits(scratch_size="1GiB")) as executor:
+        report = executor.submit(programs.close_it).report(30)
+        assert report.reason is EndReason.SCRATCH_SIZE
+        assert "folders that cannot be read" in report.message
+
+
+def test_files_count_once_and_by_what_they_take(base):
+    with TaskExecutor(echo_output=False, scratch_folder=base, limits=Limits(scratch_size="4MiB")) as executor:
+        assert executor.submit(programs.stay_below, 3 << 20).result(20) is True
 
 
 def test_folders_that_cannot_work_are_named(tmp_path):

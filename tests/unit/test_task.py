@@ -80,6 +80,8 @@ def test_memory_sizes(memory, expected):
         ("threads", True),
         ("file_size", -1),
         ("file_size", "1 page"),
+        ("scratch_size", -1),
+        ("scratch_size", 2**61),
         ("output_bytes", -1),
         ("wall_time", float("nan")),
         ("wall_time", True),
