@@ -8,12 +8,12 @@ from __future__ import annotations
 import collections
 import os
 import zlib
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from scaleout_mp.model.checksums import fast_zlib
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from concurrent.futures import Future, ThreadPoolExecutor
 
 #: How new contents are written: as they are, which lets weights be used in place; deflated; or whichever of the two a
@@ -48,8 +48,21 @@ def saves(pieces: Iterable[bytes | bytearray | memoryview]) -> bool:
     return sum(map(len, _deflate(sample))) <= _WORTH * len(sample)
 
 
-def sample_of(buffers: list[memoryview]) -> list[memoryview]:
-    """Return pieces of flat buffers, spread evenly over all their bytes, `SAMPLE` bytes at most."""
+class Sampled(Protocol):
+    """What a sample can be taken of: a flat memoryview, or what gives one for a slice of its bytes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        ...
+
+    def __getitem__(self, part: slice, /) -> memoryview:
+        """Return the bytes of a slice with a start and a stop."""
+        ...
+
+
+def sample_of(buffers: Sequence[Sampled]) -> list[memoryview]:
+    """Return pieces of buffers, spread evenly over all their bytes, `SAMPLE` bytes at most."""
     total = sum(buffer.nbytes for buffer in buffers)
     stride = max(SAMPLE_PIECE, -(-total // (SAMPLE // SAMPLE_PIECE)))
     pieces = []

@@ -54,7 +54,8 @@ def write_arrays(arrays: Iterable[Any], sink: Sink) -> None:
     """
     if isinstance(arrays, Mapping | str | bytes):
         raise TypeError(f"the weights must be a list of arrays, not {type(arrays).__name__}")
-    encoded = [EncodedArray(np.asanyarray(item), label=f"array {index}") for index, item in enumerate(arrays)]
+    # Not asanyarray: a matrix cannot be laid flat.
+    encoded = [EncodedArray(np.asarray(item), label=f"array {index}") for index, item in enumerate(arrays)]
     if not isinstance(sink, EntrySink):
         _write_encoded(encoded, sink)
     elif sink.decide(_sample(encoded), sum(item.array.nbytes for item in encoded)):
@@ -79,12 +80,20 @@ def _write_encoded(encoded: list[EncodedArray], sink: Sink, sums: Sequence[int] 
     return found
 
 
-def _sample(encoded: list[EncodedArray]) -> Iterator[memoryview]:
-    """Yield pieces of the arrays' data; what does not lie in one piece is left out, unless nothing else is there."""
-    flat = [item.data for item in encoded if item.data is not None]
-    if not flat:
-        flat = [np.ascontiguousarray(item.array[:1]).reshape(-1).view(np.uint8).data for item in encoded[:1]]
-    yield from sample_of(flat)
+class _Scattered:
+    """The bytes of an array that does not lie in one piece, to take a few of."""
+
+    def __init__(self, array: Array) -> None:
+        self._array = array
+        self.nbytes = array.nbytes
+
+    def __getitem__(self, part: slice, /) -> memoryview:
+        items = slice(part.start // self._array.itemsize, -(-part.stop // self._array.itemsize))
+        return np.asarray(self._array.flat[items]).view(np.uint8).data[: part.stop - part.start]
+
+
+def _sample(encoded: list[EncodedArray]) -> list[memoryview]:
+    return sample_of([_Scattered(item.array) if item.data is None else item.data for item in encoded])
 
 
 class EncodedArray:

@@ -49,6 +49,10 @@ def method(model: ScaleoutModel, name: str = "training_model.bin") -> int:
         ([np.zeros(AUTO_FROM // 4, np.float32)], zipfile.ZIP_DEFLATED),
         ([NOISE.reshape(1000, 1000)[:, ::2]], zipfile.ZIP_STORED),
         ([np.zeros((1000, 1000), np.float32)[:, ::2]], zipfile.ZIP_DEFLATED),
+        ([NOISE.repeat(16)[::16]], zipfile.ZIP_STORED),
+        ([np.zeros(16_000_000, np.float32)[::2]], zipfile.ZIP_DEFLATED),
+        ([np.zeros((1, 16_000_000), np.float32)[:, ::2], NOISE], zipfile.ZIP_DEFLATED),
+        ([NOISE.repeat(16).reshape(1, -1)[:, ::2], np.zeros(100)], zipfile.ZIP_DEFLATED),
         ([], zipfile.ZIP_STORED),
     ],
 )

@@ -96,6 +96,20 @@ def test_custom_sixteen_bit_floats_come_as_raw_views():
     assert loaded[1].dtype == np.float16
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+@pytest.mark.parametrize("compression", ["auto", "stored", "deflate"])
+def test_subclasses_come_back_as_plain_arrays(compression):
+    table = np.arange(12.0).reshape(3, 4)
+    records = np.rec.array(np.zeros(3, [("a", "<f4"), ("b", ">i2")]))
+    weights = [np.asmatrix(table), np.asmatrix(np.asfortranarray(table)), np.ma.masked_array(table, table > 3), records]
+    with ScaleoutModel.from_training_model(weights, compression=compression) as model:
+        read = model.get_training_model()
+    for array in read[:3]:
+        assert type(array) is np.ndarray
+        assert array.tolist() == table.tolist()
+    assert read[3].tolist() == records.tolist()
+
+
 def test_objects_are_refused_in_both_directions():
     with pytest.raises(ModelFormatError, match="array 1 has the dtype object"):
         ScaleoutModel.from_training_model([np.zeros(1), np.array([object()])])
@@ -234,6 +248,14 @@ def test_flat_vectors_of_broken_length_are_refused():
     assert get_helper("binaryhelper").load(b"")[0].shape == (0,)
 
 
+def test_flat_vectors_of_other_writers_are_aligned():
+    data = memoryview(b"\0" + np.arange(3.0).tobytes())[1:]
+    (vector,) = get_helper("binaryhelper").load(data)
+    assert vector.tolist() == [0, 1, 2]
+    assert vector.flags.aligned
+    assert not vector.flags.writeable
+
+
 def test_arithmetic():
     m1 = [np.array([1.0, 4.0]), np.array([[9.0]])]
     m2 = [np.array([3.0, 2.0]), np.array([[1.0]])]
@@ -305,3 +327,8 @@ def test_a_helper_of_ones_own():
         ScaleoutModel.from_stream(model.get_file_stream()).get_training_model()
     with pytest.raises(TypeError, match="save and load"):
         register_helper(object())
+    with pytest.raises(TypeError, match=r"register TextHelper\(\), not the class"):
+        register_helper(TextHelper)
+    helper.name = 5
+    with pytest.raises(TypeError, match="must be a string, not int"):
+        register_helper(helper)

@@ -17,11 +17,16 @@ _helpers: dict[str, Helper] = {}
 
 def register_helper(helper: Helper) -> None:
     """Make a helper known under its name; a later one with the same name takes its place."""
+    if isinstance(helper, type):
+        raise TypeError(f"a helper is an object: register {helper.__name__}(), not the class")
     if not isinstance(helper, Helper):
         raise TypeError("a helper needs a name and the methods save and load")
-    if not helper.name:
+    name: object = helper.name
+    if not isinstance(name, str):
+        raise TypeError(f"a helper's name must be a string, not {type(name).__name__}")
+    if not name:
         raise ValueError("a helper's name must not be empty")
-    _helpers[helper.name] = helper
+    _helpers[name] = helper
 
 
 def get_helper(name: str) -> Helper:

@@ -39,4 +39,9 @@ def flat_vector(source: Source, dtype: np.dtype[Any]) -> Array:
         raise ModelFormatError(f"{len(view):,} bytes are not a whole number of {dtype.name} values")
     if not len(view):
         return np.empty(0, dtype)
-    return np.frombuffer(view, dtype)
+    vector = np.frombuffer(view, dtype)
+    if not vector.flags.aligned:
+        # Other writers do not align; extensions that take a pointer may rely on it.
+        vector = vector.copy()
+        vector.flags.writeable = False
+    return vector
