@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from scaleout_mp.errors import IncompatibleModelFormatError, ModelError, ModelFormatError
 from scaleout_mp.model import zip_reader
@@ -34,6 +34,9 @@ FORMAT_VERSION: Final = 2
 # The published packages changed the key in 1.1; the underscore keeps it apart from what users set.
 _VERSION_KEY: Final = "_version"
 _OLD_VERSION_KEY: Final = "version"
+
+#: Lists and objects in one another. Python's own copying and writing of such values ends at some hundreds.
+MAX_NESTING: Final = 100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,6 +182,8 @@ class Container:
             raise ModelFormatError(f"{METADATA} is not JSON: {error}") from error
         if not isinstance(metadata, dict):
             raise ModelFormatError(f"{METADATA} is not a JSON object")
+        if _is_nested_deeper(metadata, MAX_NESTING):
+            raise ModelFormatError(f"{METADATA} is nested deeper than the {MAX_NESTING} levels that are allowed")
         version = _take_version(metadata)
         for key in ("model_id", "helper_type", "inference_model_format"):
             value: object = metadata.get(key)
@@ -193,17 +198,19 @@ def check_size(source: Backing, limits: ContainerLimits) -> None:
         raise ModelFormatError(f"the model has {source.size:,} bytes; {limits.max_size:,} are allowed")
 
 
-def is_container(view: memoryview) -> bool:
+def is_container(view: memoryview, limits: ContainerLimits = DEFAULT_LIMITS) -> bool:
     """Say whether bytes are a model container, as opposed to a legacy model: bare weights.
 
-    A damaged archive raises ModelFormatError: it was a container or an .npz once, but is of no use as either.
+    A damaged archive raises ModelFormatError: it was a container or an .npz once, but is of no use as either. So does
+    one with more entries than either may have.
     """
     if not len(view):
         raise ModelFormatError("the model is empty")
     if not zip_reader.looks_like_zip(view):
         return False
     # Bare weights of many arrays are an archive, too; how many entries a container may have is checked later.
-    return METADATA in zip_reader.read_directory(view, ArchiveLimits(max_entries=1 << 20))
+    most = max(limits.max_entries, limits.max_arrays)
+    return METADATA in zip_reader.read_directory(view, ArchiveLimits(max_entries=most))
 
 
 class _Tail:
@@ -224,17 +231,44 @@ class _Tail:
 
 
 def encode_metadata(metadata: Mapping[str, Any]) -> bytes:
-    """Return the bytes of metadata.json; TypeError when a value is not JSON."""
+    """Return the bytes of metadata.json; TypeError when a value is not JSON or nested too deep."""
+    stamped: dict[str, Any] = {_VERSION_KEY: FORMAT_VERSION}
+    if _OLD_VERSION_KEY in metadata:
+        # In the second place it is known for the user's own: see `_take_version`.
+        stamped[_OLD_VERSION_KEY] = metadata[_OLD_VERSION_KEY]
+    stamped |= metadata
+    stamped[_VERSION_KEY] = FORMAT_VERSION
     try:
-        return json.dumps({**metadata, _VERSION_KEY: FORMAT_VERSION}).encode()
-    except (TypeError, ValueError) as error:
+        encoded = json.dumps(stamped).encode()
+    except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"metadata must be JSON values: {error}") from error
+    if _is_nested_deeper(stamped, MAX_NESTING):
+        raise TypeError(f"metadata must not be nested deeper than {MAX_NESTING} levels")
+    return encoded
+
+
+def _is_nested_deeper(value: object, most: int) -> bool:
+    """Say whether lists and objects lie more than `most` deep in one another."""
+    level = [value]
+    for _ in range(most):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else cast("list[object]", outer))
+            if isinstance(inner, dict | list | tuple)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def check_file_name(name: object) -> None:
     """Raise ValueError unless the name of an attached file is a plain one."""
     if not isinstance(name, str) or not name or name == "." or ".." in name or set(name) & {"/", "\\", "\0"}:
         raise ValueError(f"{name!r} is not a plain file name")
+    # UnicodeEncodeError, a ValueError as well, for half a surrogate pair.
+    if len((FILES + name).encode()) > zip_reader.MAX_16:
+        raise ValueError(f"{name[:40]!r}... is too long for a file name")
 
 
 def _check_entry_name(name: str) -> None:
@@ -251,12 +285,14 @@ def _take_version(metadata: dict[str, Any]) -> int:
     """Remove the container's version from metadata and return it.
 
     The old key counts only where the new one is missing, for a user of the new format may have a "version"
-    as well.
+    as well. One that equals the container's is a user's when both stand first, as only this package puts them; else
+    a file that went through 1.0.7, which adds its own stamp to those that it does not know, would show that.
     """
     version: object = FORMAT_VERSION
     if _VERSION_KEY in metadata:
+        is_users = list(metadata)[:2] == [_VERSION_KEY, _OLD_VERSION_KEY] and len(metadata) > 2
         version = metadata.pop(_VERSION_KEY)
-        if metadata.get(_OLD_VERSION_KEY) == version:
+        if metadata.get(_OLD_VERSION_KEY) == version and not is_users:
             del metadata[_OLD_VERSION_KEY]
     elif type(metadata.get(_OLD_VERSION_KEY)) is int:
         version = metadata.pop(_OLD_VERSION_KEY)

@@ -275,7 +275,8 @@ def _decode_name(raw: bytes, flags: int) -> str:
         name = raw.decode("utf-8" if flags & FLAG_UTF8 or raw.isascii() else "cp437")
     except UnicodeDecodeError as error:
         raise ModelFormatError("an entry's name is not UTF-8") from error
-    if not name or "\0" in name:
+    # In UTF-8, as it would be written again, a name of cp437 takes up to three times the bytes.
+    if not name or "\0" in name or len(name.encode()) > MAX_16:
         raise ModelFormatError("an entry has no usable name")
     return name
 

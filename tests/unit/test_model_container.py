@@ -9,14 +9,14 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from scaleout_mp.errors import ModelFormatError
 from scaleout_mp.model import ScaleoutModel, get_helper
 from scaleout_mp.model import zip_reader as zf
 from scaleout_mp.model.checksums import crc32, crc32_combine
-from scaleout_mp.model.container import ContainerLimits
+from scaleout_mp.model.container import MAX_NESTING, ContainerLimits
 from scaleout_mp.model.deflate import COMPRESSIONS
 from scaleout_mp.model.entry_sink import EntrySink
 from scaleout_mp.model.memfd import MappedBytes, MemoryFile
@@ -272,11 +272,43 @@ def test_limits_reach_the_arrays():
         b'{"_version": true}',
         b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
         b'{"a": ' + b"9" * 10_000 + b"}",
+        # Python reads these, and fails to copy or to write them.
+        b'{"a":' + b"[" * 100 + b"]" * 100 + b"}",
+        b'{"a":' + b"[" * 600 + b"]" * 600 + b"}",
     ],
 )
 def test_metadata_must_be_an_object_of_the_right_kinds(metadata):
     with pytest.raises(ModelFormatError, match=r"metadata\.json"):
         load(archive_of([("metadata.json", metadata)]))
+
+
+def nested_lists(levels):
+    value = []
+    for _ in range(levels - 1):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("levels", [MAX_NESTING, 600, 5000])
+def test_metadata_nested_too_deep_are_refused_when_a_model_is_built(levels):
+    with pytest.raises(TypeError, match="metadata must"):
+        ScaleoutModel.from_training_model([], metadata={"a": nested_lists(levels)})
+
+
+def test_metadata_nested_as_deep_as_is_allowed_survive():
+    deepest = nested_lists(MAX_NESTING - 1)
+    with ScaleoutModel.from_training_model([], metadata={"a": deepest}) as model:
+        changed = ScaleoutModel.from_stream(model.get_file_stream()).to_builder().set_metadata("b", 1).build()
+        assert changed.metadata["a"] == deepest
+
+
+def test_names_too_long_to_be_written_again_are_refused():
+    """In cp437 a name may have bytes that take three each in UTF-8."""
+    data = archive_of([("metadata.json", META), ("files/" + "A" * 40_000, b"")])
+    with load(data) as model:
+        model.to_builder().set_model_id("m").build().close()
+    with pytest.raises(ModelFormatError, match="no usable name"):
+        load(data.replace(b"A" * 40_000, b"\xb0" * 40_000))
 
 
 def test_a_bomb_is_never_inflated_past_its_declared_size():
@@ -309,7 +341,13 @@ reserved = {"model_id", "helper_type", "inference_model_format", "_version"}
 
 
 @relaxed
-@given(st.dictionaries(st.text().filter(lambda key: key not in reserved), json_values, max_size=5))
+@given(
+    st.dictionaries(
+        st.just("version") | st.text().filter(lambda key: key not in reserved), st.just(2) | json_values, max_size=5
+    )
+)
+@example({"version": 2})
+@example({"a": 1, "version": 2})
 def test_metadata_round_trip(metadata):
     with ScaleoutModel.from_training_model([], metadata=metadata) as model:
         expected = {
@@ -317,8 +355,6 @@ def test_metadata_round_trip(metadata):
             "helper_type": "numpyhelper",
             "model_id": model.model_id,
         }
-        if metadata.get("version") == 2 and type(metadata["version"]) is not bool:
-            del expected["version"]  # taken for the stamp of the older format
         assert model.metadata == expected
         with ScaleoutModel.from_stream(model.get_file_stream()) as loaded:
             assert loaded.metadata == expected

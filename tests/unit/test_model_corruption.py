@@ -106,7 +106,12 @@ def bombs(limit: int) -> dict[str, bytes]:
     np.savez_compressed(many, **{str(index): np.zeros(0) for index in range(1000)})
     noise = io.BytesIO()
     np.savez_compressed(noise, **{"0": np.random.default_rng(0).integers(0, 256, limit // 2, np.uint8)})
+    entries = io.BytesIO()
+    with zipfile.ZipFile(entries, "w") as archive:
+        for index in range(limit // 100):
+            archive.writestr(zipfile.ZipInfo(str(index)), b"")
     return {
+        "many entries": entries.getvalue(),
         "arrays": nested(npz.getvalue(), zipfile.ZIP_STORED),
         "arrays in a deflated entry": nested(npz.getvalue(), zipfile.ZIP_DEFLATED),
         "an entry": nested(bytes(8 * limit), zipfile.ZIP_DEFLATED),
