@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import uuid
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self
 
+from scaleout_mp.errors import ModelError
 from scaleout_mp.model import container as layout
 from scaleout_mp.model.checksums import crc32
 from scaleout_mp.model.container import DEFAULT_LIMITS, NO_LIMITS, Container, ContainerLimits
@@ -20,7 +22,7 @@ from scaleout_mp.model.zip_writer import ZipWriter
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from scaleout_mp.wire.edge_pb2 import FileChunk
 
@@ -46,6 +48,7 @@ class ScaleoutModelBuilder:
         self._is_new = False
         self._helper: Helper | None = None
         self._weights: Any = _UNSET
+        self._weights_used = False
         self._metadata: dict[str, Any] = {}
         self._model_id: str | None = None
         self._inference: bytes | SealedMemory | None = None
@@ -99,7 +102,7 @@ class ScaleoutModelBuilder:
     def _from_source(cls, source: MappedBytes, limits: ContainerLimits) -> Self:
         builder = cls()
         try:
-            if layout.is_container(source.view()):
+            if layout.is_container(source.view(), limits):
                 builder._source = Container(source, limits=limits)
                 builder._weights_limits = builder._source.weights_limits
             else:
@@ -126,6 +129,8 @@ class ScaleoutModelBuilder:
 
     def set_model_id(self, model_id: str) -> Self:
         """Choose the id of a loaded model. A new model keeps its fresh id, with a warning."""
+        if not isinstance(model_id, str):
+            raise TypeError(f"a model id must be a string, not {type(model_id).__name__}")
         if not model_id:
             raise ValueError("a model id must not be empty")
         self._model_id = model_id
@@ -141,10 +146,11 @@ class ScaleoutModelBuilder:
         return self.set_helper(get_helper(helper_type))
 
     def set_training_model(self, model_params: Any, helper: Helper | None = None) -> Self:
-        """Replace the weights. They are read when the model is built."""
+        """Replace the weights. They are read when the model is built, an iterator's for one model only."""
         if helper is not None:
             self._helper = helper
         self._weights = model_params
+        self._weights_used = False
         return self
 
     def set_inference_model(self, data: bytes, fmt: str) -> Self:
@@ -223,6 +229,9 @@ class ScaleoutModelBuilder:
         written = {layout.METADATA}
         if self._weights is not _UNSET:
             helper = helper or self._helper_of_source() or get_helper("numpyhelper")
+            if self._weights_used and isinstance(self._weights, Iterator):
+                raise ModelError("the weights came from an iterator, and an earlier build used them up: give a list")
+            self._weights_used = True
             with _entry(writer, file, layout.TRAINING_MODEL, compression) as entry:
                 helper.save(self._weights, entry)
             written.add(layout.TRAINING_MODEL)
@@ -301,4 +310,7 @@ def _drain(stream: BinaryIO, max_size: int = DEFAULT_MAX_SIZE) -> SealedMemory:
     with MemoryWriter(max_size=max_size) as writer:
         while chunk := stream.read(_READ_STEP):
             writer.write(chunk)
+        if chunk is None:
+            # What a non-blocking stream says for "nothing yet" would pass for the end.
+            raise ModelError("the stream does not block: a model cannot be read from it")
         return writer.seal()

@@ -6,16 +6,21 @@ import contextlib
 import os
 import uuid
 
+from scaleout_mp.errors import ModelError
 from scaleout_mp.model.memfd import Bytes, write_all
 
 
 def replace_file(path: str | os.PathLike[str], *parts: Bytes, sync: bool) -> None:
     """Write all parts beside `path` and rename it there: a reader sees the old file or the new one.
 
-    `sync`: make it survive a loss of power, too.
+    Behind a symbolic link, it is the file that is replaced. ModelError when there is a device, a pipe or a socket: a
+    rename would take its place. `sync`: make it survive a loss of power, too.
     """
-    folder, name = os.path.split(os.path.abspath(path))
-    part = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.part")
+    path = os.path.realpath(os.fsdecode(path))
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise ModelError(f"{path} is not a regular file: write the bytes of get_file_stream() to it")
+    folder = os.path.dirname(path)
+    part = os.path.join(folder, f".{uuid.uuid4().hex}.part")
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         try:

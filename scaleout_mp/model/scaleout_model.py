@@ -248,7 +248,7 @@ class ScaleoutModel:
         signature = sign_digest(self._container.content_digest(), private_key, signer_id)
         return {**signature, "model_id": self.model_id}
 
-    def verify_signature(self, public_key: Ed25519PublicKey, signature: str | Mapping[str, Any]) -> bool:
+    def verify_signature(self, public_key: Ed25519PublicKey, signature: str | bytes | Mapping[str, Any]) -> bool:
         """Say whether a signature, as base64 or as `sign` returned it, is this model's."""
         from scaleout_mp.model.signing import verify_digest
 

@@ -20,7 +20,7 @@ def sign_digest(digest: bytes, private_key: Ed25519PrivateKey, signer_id: str | 
     return signed
 
 
-def verify_digest(digest: bytes, public_key: Ed25519PublicKey, signature: str | Mapping[str, Any]) -> bool:
+def verify_digest(digest: bytes, public_key: Ed25519PublicKey, signature: str | bytes | Mapping[str, Any]) -> bool:
     """Say whether a signature is that of the digest; anything malformed is not."""
     from cryptography.exceptions import InvalidSignature
 
@@ -29,10 +29,12 @@ def verify_digest(digest: bytes, public_key: Ed25519PublicKey, signature: str | 
         if signature.get("algorithm", "ed25519") != "ed25519":
             return False
         encoded = signature.get("signature")
-    if not isinstance(encoded, str):
+    if not isinstance(encoded, str | bytes):
         return False
     try:
-        public_key.verify(base64.b64decode(encoded, validate=True), digest)
+        text = encoded.decode("ascii") if isinstance(encoded, bytes) else encoded
+        # Without line ends, as it may have in a file.
+        public_key.verify(base64.b64decode("".join(text.split()), validate=True), digest)
     except (InvalidSignature, binascii.Error, ValueError):
         return False
     return True

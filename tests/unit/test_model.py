@@ -150,6 +150,31 @@ def test_a_failed_save_leaves_nothing(model, tmp_path):
     assert equal(model.get_training_model(), WEIGHTS)
 
 
+def test_a_link_stays_and_its_file_is_replaced(model, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real/model.scm")
+    for _ in range(2):
+        with model.to_builder().build() as saved:
+            saved.save_to_file(os.fsencode(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink()
+    assert os.listdir(tmp_path / "real") == ["model.scm"]
+    assert ScaleoutModel.from_file(tmp_path / "link").checksum == model.checksum
+
+
+def test_no_file_takes_the_place_of_a_pipe_or_device(model, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ModelError, match="not a regular file"):
+        model.save_to_file(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]
+    assert equal(model.get_training_model(), WEIGHTS)
+
+
+def test_any_file_name_can_be_saved_to(model, tmp_path):
+    model.save_to_file(tmp_path / ("n" * 255))
+    assert os.listdir(tmp_path) == ["n" * 255]
+
+
 def test_bare_weights_are_wrapped(tmp_path):
     raw = io.BytesIO()
     np.savez_compressed(raw, **{str(index): array for index, array in enumerate(WEIGHTS)})
@@ -206,6 +231,10 @@ def test_signature(model):
     assert not model.to_builder().set_model_id("other").build().verify_signature(public, signed)
     for bad in ("", "not base64!", "AAAA", {"algorithm": "rsa", "signature": signed["signature"]}, {}):
         assert not model.verify_signature(public, bad)
+    # As they may come out of a file; the published package takes them as well.
+    for written in (signed["signature"].encode(), signed["signature"][:76] + "\n" + signed["signature"][76:] + "\n"):
+        assert model.verify_signature(public, written)
+    assert not model.verify_signature(public, b"\xff")
     assert not model.verify_signature(Ed25519PrivateKey.generate().public_key(), signed)
 
 
@@ -271,6 +300,9 @@ def test_deprecated_name_warns(model):
         ({}, {}),
         ({"version": 7, "_version": 2}, {"version": 7}),
         ({"version": "1.0"}, {"version": "1.0"}),
+        # What 1.0.7 makes of our file with a user's "version", and 1.1 of one by 1.0.7.
+        ({"_version": 2, "tag": "a", "version": 2}, {"tag": "a"}),
+        ({"version": 2, "tag": "a", "_version": 2}, {"tag": "a"}),
     ],
 )
 def test_container_versions(stamped, seen):

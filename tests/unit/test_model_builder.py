@@ -9,6 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from scaleout_mp.errors import ModelError
 from scaleout_mp.model import ScaleoutModel, ScaleoutModelBuilder
 
 WEIGHTS = [np.arange(12, dtype=np.float32).reshape(3, 4), np.array([1.5, -2.5])]
@@ -104,10 +105,47 @@ def test_builder_arguments_are_checked(model):
     for name in ("", ".", "..", "a/b", "/etc/passwd", "a\\b", "a..b", "nul\0"):
         with pytest.raises(ValueError, match="plain file name"):
             builder.set_file(name, b"")
+    with pytest.raises(ValueError, match="too long"):
+        builder.set_file("n" * 65_530, b"")
+    with pytest.raises(ValueError, match="surrogates"):
+        builder.set_file("\udcff", b"")
+    with pytest.raises(TypeError, match="must be a string, not int"):
+        builder.set_model_id(5)
     with pytest.raises(ValueError, match="must not be empty"):
         builder.set_model_id("")
     with pytest.raises(ValueError, match="no helper is named"):
         builder.set_helper_type("nohelper")
+
+
+def test_the_longest_file_name_that_is_allowed_survives(model):
+    name = "n" * 65_529
+    with model.to_builder().set_file(name, b"x").build() as built:
+        assert ScaleoutModel.from_stream(built.get_file_stream()).get_file(name) == b"x"
+
+
+def test_a_stream_that_has_nothing_yet_is_not_at_its_end():
+    class Trickle(io.RawIOBase):
+        """A non-blocking stream: every other time there is nothing."""
+
+        def __init__(self) -> None:
+            self.turn = 0
+
+        def read(self, _size=-1, /):
+            self.turn += 1
+            return b"\0" * 8 if self.turn % 2 else None
+
+    with pytest.raises(ModelError, match="does not block"):
+        ScaleoutModel.from_stream(Trickle())
+    with pytest.raises(ModelError, match="does not block"):
+        ScaleoutModelBuilder.from_training_model([]).set_file_stream("a", Trickle())
+
+
+def test_an_iterator_gives_weights_to_one_model_only():
+    builder = ScaleoutModelBuilder.from_training_model(np.zeros(size) for size in range(3))
+    assert len(builder.build().get_training_model()) == 3
+    with pytest.raises(ModelError, match="iterator"):
+        builder.build()
+    assert equal(builder.set_training_model(iter(WEIGHTS)).build().get_training_model(), WEIGHTS)
 
 
 def test_a_failed_build_leaves_no_descriptor():
