@@ -165,6 +165,14 @@ class NotConnectedError(TransportError):
     """The client is not connected. Call connect_to_api and init_grpchandler before run."""
 
 
+class StateError(ScaleoutError):
+    """The folder that keeps what must not be lost cannot be used. Choose another with SCALEOUT_MP_STATE_DIR."""
+
+
+class StateInUseError(StateError):
+    """Another client with the same id runs on this machine. End it, or give this one an id of its own."""
+
+
 class LocalNetworkError(ScaleoutError):
     """The local network could not start or could not do what it was asked."""
 

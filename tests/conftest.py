@@ -9,6 +9,12 @@ from observing import children
 
 
 @pytest.fixture(autouse=True)
+def state_of_its_own(tmp_path_factory, monkeypatch):
+    """Keep what clients keep out of the user's home, and out of other tests."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+
+
+@pytest.fixture(autouse=True)
 def no_process_left():
     """Fail a test that leaves a process behind."""
     before = children()

@@ -70,6 +70,9 @@ class Settings:
     send_telemetry: bool = True
     #: SCALEOUT_CLIENT_TASK_POLLING_INTERVAL, seconds.
     polling_interval: float = 5.0
+    #: SCALEOUT_MP_STATE_DIR: what waits for the server is kept below it; None: in the user's state folder;
+    #: ":memory:": nowhere, and lost when the client dies.
+    state_dir: str | None = None
     #: SCALEOUT_MP_CLIENT_VERSION: the client version presented to the server.
     client_version: str = PROTOCOL_VERSION
 
@@ -91,6 +94,7 @@ class Settings:
             "report_status": _flag(env, "SCALEOUT_CLIENT_STATUS_REPORTING", default=True),
             "send_telemetry": _flag(env, "SCALEOUT_CLIENT_SEND_TELEMETRY", default=True),
             "polling_interval": _seconds(env, "SCALEOUT_CLIENT_TASK_POLLING_INTERVAL", default=5.0),
+            "state_dir": env.get("SCALEOUT_MP_STATE_DIR") or None,
             "client_version": env.get("SCALEOUT_MP_CLIENT_VERSION") or PROTOCOL_VERSION,
         }
         return cls(**{**values, **overrides})

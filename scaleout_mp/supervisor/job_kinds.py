@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,14 @@ from scaleout_mp.model import ScaleoutModel
 from scaleout_mp.supervisor import messages
 from scaleout_mp.supervisor.jobs import Job, JobFailedError, JobResources, Phase, json_text
 from scaleout_mp.supervisor.messages import TaskType
-from scaleout_mp.transport.outbox import MessageKind
+from scaleout_mp.transport.message import MessageKind
 from scaleout_mp.wire import edge_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+logger = logging.getLogger(__name__)
 
 
 def make_job(request: pb.TaskRequest, resources: JobResources, *, on_start: Callable[[], None]) -> Job:
@@ -39,20 +43,55 @@ class ModelUpdateJob(Job):
             trained, meta = _update(await self._execute(model, settings))
             json_text(meta, "metadata")
             processed = seconds.lap()
+        meta |= {"processing_time": processed, "fetch_model": fetched, "config": self.request.data}
         update_id = str(uuid.uuid4())
         with await self._renamed(trained, update_id) as renamed:
             # The last reference: its memory is not held for as long as the upload takes.
             del trained
-            self._require_not_aborted()
-            await self._phase(self._resources.transfer.upload(renamed))
-        meta |= {
-            "processing_time": processed,
-            "upload_model": seconds.lap(),
-            "fetch_model": fetched,
-            "config": self.request.data,
-        }
+            keeping = asyncio.create_task(self._keep(renamed, update_id, meta))
+            try:
+                await self._deliver(renamed, update_id, meta, keeping)
+            finally:
+                await self._forget(update_id, keeping)
+
+    async def _deliver(
+        self, model: ScaleoutModel, update_id: str, meta: dict[str, Any], keeping: asyncio.Task[None] | None = None
+    ) -> None:
+        """Upload the result and say so; it is kept on the disk meanwhile."""
+        seconds = _Stopwatch()
+        self._require_not_aborted()
+        await self._phase(self._resources.transfer.upload(model), Phase.UPLOADING)
+        meta = meta | {"upload_model": seconds.lap()}
+        if keeping is not None:
+            # Noted first: what is noted as kept after it was noted as sent would be sent once more.
+            await asyncio.wait([keeping])
         await self._send_update(update_id, meta)
         self._say("Model update completed.", pb.LogLevel.AUDIT)
+
+    async def _keep(self, model: ScaleoutModel, update_id: str, meta: dict[str, Any]) -> None:
+        """Write the result to the disk, so that a client that is killed and starts again can deliver it."""
+        state = self._resources.state
+        if state is None:
+            return
+        try:
+            await asyncio.to_thread(state.keep_result, model, update_id)
+        except OSError as error:
+            logger.warning(
+                "the result of task %s cannot be kept on the disk (%s): a client that dies now loses it",
+                self.correlation_id,
+                error.strerror or error,
+                extra={"action": "result_not_kept", "task_id": self.correlation_id},
+            )
+            return
+        self._resources.tasks.result_kept(self.correlation_id, {"update_id": update_id, "meta": meta})
+
+    async def _forget(self, update_id: str, keeping: asyncio.Task[None] | None = None) -> None:
+        """Remove the result from the disk: the server has it, or nobody wants it any more."""
+        if keeping is not None:
+            # A thread cannot be cancelled, and reads the model as long as it writes.
+            await asyncio.wait([keeping])
+        if self._resources.state is not None:
+            await asyncio.to_thread(self._resources.state.forget_result, update_id)
 
     async def _renamed(self, trained: ScaleoutModel, update_id: str) -> ScaleoutModel:
         """Return the model under the id under which the server files the update; closes the one that came.

@@ -16,7 +16,7 @@ from scaleout_mp.errors import ScaleoutError
 from scaleout_mp.supervisor import messages
 from scaleout_mp.supervisor.taskbook import TaskStatus
 from scaleout_mp.task import AbortOrigin, EndReason, MetricRecord
-from scaleout_mp.transport.outbox import MessageKind
+from scaleout_mp.transport.message import MessageKind
 from scaleout_mp.wire import edge_pb2 as pb
 
 if TYPE_CHECKING:
@@ -28,8 +28,11 @@ if TYPE_CHECKING:
     from scaleout_mp.executor import Execution, ExecutorCore
     from scaleout_mp.model import ScaleoutModel
     from scaleout_mp.supervisor.callbacks import CallbackTable
+    from scaleout_mp.supervisor.state import StateFolder
+    from scaleout_mp.supervisor.task_journal import TaskJournal
     from scaleout_mp.task import ExitReport, Record
-    from scaleout_mp.transport.outbox import Outbox, Ticket
+    from scaleout_mp.transport.message import Ticket
+    from scaleout_mp.transport.outbox import Outbox
     from scaleout_mp.transport.transfer import ModelTransfer
 
 logger = logging.getLogger(__name__)
@@ -69,6 +72,9 @@ class JobResources:
     callbacks: CallbackTable
     transfer: ModelTransfer
     outbox: Outbox
+    tasks: TaskJournal
+    #: Where results are kept on their way; None: nowhere.
+    state: StateFolder | None
     #: Jobs that may be past PENDING at once.
     slots: asyncio.Semaphore
 
@@ -105,6 +111,11 @@ class _TaskEndedError(Exception):
 class JobFailedError(ScaleoutError):
     """The job cannot go on."""
 
+    def __init__(self, message: str, *, reason: str = EndReason.FAILED.value) -> None:
+        super().__init__(message)
+        #: For programs, as the report says it.
+        self.reason = reason
+
 
 class Job(abc.ABC):
     """One task. `run` never raises for what the task, the model or the network did: it returns an Ending."""
@@ -121,8 +132,7 @@ class Job(abc.ABC):
         #: The result on its way, and how it all ended, once that is so.
         self._result: Ticket | None = None
         self._ended: Ending | None = None
-        #: Records that found the outbox full.
-        self._dropped = 0
+        self._moments = messages.Moments()
         self._aborted: asyncio.Future[_Abort] = asyncio.get_running_loop().create_future()
 
     @property
@@ -153,6 +163,8 @@ class Job(abc.ABC):
             level = pb.LogLevel.ERROR if ending.status is TaskStatus.FAILED else pb.LogLevel.WARNING
             self._say(ending.line, level)
         await self._until_sent(self._resources.outbox.flush(self.correlation_id))
+        # What was given up since then has been logged, and cannot be told any more.
+        self._resources.outbox.take_dropped(self.correlation_id)
         return ending
 
     def ending_if_cut_off(self, reason: str) -> Ending | None:
@@ -171,15 +183,16 @@ class Job(abc.ABC):
 
     def _with_drops(self, ending: Ending) -> Ending:
         """Say how much of what the task logged found the outbox full."""
-        if not self._dropped:
+        dropped = self._resources.outbox.take_dropped(self.correlation_id)
+        if not dropped:
             return ending
-        told = f"{self._dropped} records of task {self.request.type} were dropped: too many waited for the combiner"
+        told = f"{dropped} records of task {self.request.type} were dropped: too many waited for the combiner"
         logger.warning("%s", told, extra={"action": "records_dropped", "task_id": self.correlation_id})
         self._say(told, pb.LogLevel.WARNING)
         if ending.status is TaskStatus.COMPLETED and ending.response:
             # What a custom callback returned is the user's.
             return ending
-        response = json.loads(ending.response or "{}") | {"dropped_records": self._dropped}
+        response = json.loads(ending.response or "{}") | {"dropped_records": dropped}
         return dataclasses.replace(ending, response=json.dumps(response))
 
     async def _ending(self) -> Ending:
@@ -195,6 +208,8 @@ class Job(abc.ABC):
             return self._interrupted(self._aborted.result().reason)
         except _TaskEndedError as ended:
             return self._ended_badly(ended.report)
+        except JobFailedError as error:
+            return self._failed(str(error), error.reason)
         except ScaleoutError as error:
             return self._failed(str(error))
         except Exception as error:
@@ -243,6 +258,7 @@ class Job(abc.ABC):
         self._leave_slot()
         # From here on it counts: a result that may have arrived is not reported as interrupted.
         self._result = self._resources.outbox.put(kind, message, task_id=self.correlation_id)
+        self._resources.tasks.sent(self.correlation_id)
         await self._until_sent(self._result.delivered())
 
     async def _until_sent(self, sent: Coroutine[Any, Any, T]) -> T:
@@ -311,10 +327,9 @@ class Job(abc.ABC):
     def _on_record(self, record: Record) -> None:
         if isinstance(record, MetricRecord):
             self.last_metric = record
-        message = messages.record_message(self._resources.client_id, record, task=self.request)
+        message = messages.record_message(self._resources.client_id, record, self._moments, task=self.request)
         if message is not None:
-            ticket = self._resources.outbox.put(*message, task_id=self.correlation_id)
-            self._dropped += ticket.refused
+            self._resources.outbox.put(*message, task_id=self.correlation_id)
 
     def _say(self, text: str, level: pb.LogLevel) -> None:
         """Send a status message, behind all that the task has sent so far."""
@@ -332,8 +347,8 @@ class Job(abc.ABC):
         response = messages.failure_response(report.message, reason=report.reason.value, report=report)
         return Ending(status=TaskStatus.FAILED, response=json.dumps(response), line=report.explain())
 
-    def _failed(self, error: str) -> Ending:
-        response = messages.failure_response(error, reason=EndReason.FAILED.value)
+    def _failed(self, error: str, reason: str = EndReason.FAILED.value) -> Ending:
+        response = messages.failure_response(error, reason=reason)
         logger.warning(
             "task %s (%s) failed: %s",
             self.correlation_id,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.errors import ConfigError
 from scaleout_mp.task import AttributesRecord, MetricRecord, Record, TelemetryRecord
-from scaleout_mp.transport.outbox import MessageKind
+from scaleout_mp.transport.message import MessageKind
 from scaleout_mp.wire import edge_pb2 as pb
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class TaskType(enum.StrEnum):
 
 CUSTOM_PREFIX: Final = "Custom_"
 
+_EPOCH: Final = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+
 #: The `type` of status messages, by task type; all others go under their own name.
 _STATUS_TYPES: Final = {TaskType.MODEL_UPDATE: "MODEL_UPDATE", TaskType.VALIDATION: "MODEL_VALIDATION"}
 
@@ -45,9 +47,19 @@ def status_type(task_type: str) -> str:
     return next((value for key, value in _STATUS_TYPES.items() if key == task_type), task_type)
 
 
-def moment(timestamp: float) -> dt.datetime:
-    """Return seconds since the epoch as what protobuf takes for a Timestamp."""
-    return dt.datetime.fromtimestamp(timestamp, tz=dt.UTC)
+class Moments:
+    """Time stamps that grow from record to record, by a microsecond at least.
+
+    So no two messages of a task are the same, one that arrives twice can be told, and so can their order.
+    """
+
+    def __init__(self) -> None:
+        self._last = -1
+
+    def of(self, timestamp: float) -> dt.datetime:
+        """Return seconds since the epoch as what protobuf takes for a Timestamp."""
+        self._last = max(round(timestamp * 1e6), self._last + 1)
+        return _EPOCH + dt.timedelta(microseconds=self._last)
 
 
 def now() -> dt.datetime:
@@ -61,33 +73,33 @@ def status(client_id: str, text: str, *, level: pb.LogLevel, type_: str) -> pb.S
 
 
 def record_message(
-    client_id: str, record: Record, *, task: pb.TaskRequest | None = None
+    client_id: str, record: Record, moments: Moments, *, task: pb.TaskRequest | None = None
 ) -> tuple[MessageKind, Message] | None:
     """Return kind and message for what a task logged; None for what does not go to the server.
 
     The ids of a metric that was logged without a context come from the task's request.
     """
     if isinstance(record, MetricRecord):
-        return MessageKind.METRIC, metric(client_id, record, task)
+        return MessageKind.METRIC, metric(client_id, record, moments, task)
     if isinstance(record, AttributesRecord):
         attributes = [pb.AttributeElem(key=key, value=value) for key, value in record.attributes.items()]
         return MessageKind.ATTRIBUTES, pb.AttributeMessage(
-            client_id=client_id, attributes=attributes, timestamp=moment(record.timestamp)
+            client_id=client_id, attributes=attributes, timestamp=moments.of(record.timestamp)
         )
     if isinstance(record, TelemetryRecord):
         values = [pb.TelemetryElem(key=key, value=value) for key, value in record.telemetry.items()]
         return MessageKind.TELEMETRY, pb.TelemetryMessage(
-            client_id=client_id, telemetries=values, timestamp=moment(record.timestamp)
+            client_id=client_id, telemetries=values, timestamp=moments.of(record.timestamp)
         )
     return None
 
 
-def metric(client_id: str, record: MetricRecord, task: pb.TaskRequest | None) -> pb.ModelMetric:
+def metric(client_id: str, record: MetricRecord, moments: Moments, task: pb.TaskRequest | None) -> pb.ModelMetric:
     """Return the message for one step's metrics."""
     message = pb.ModelMetric(
         client_id=client_id,
         metrics=[pb.MetricElem(key=key, value=value) for key, value in record.metrics.items()],
-        timestamp=moment(record.timestamp),
+        timestamp=moments.of(record.timestamp),
         model_id=_id("model_id", record.context, task),
         round_id=_id("round_id", record.context, task),
         session_id=_id("session_id", record.context, task),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import threading
 import time
@@ -11,13 +12,22 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from scaleout_mp.config import Limits, Sandbox, Settings, Surroundings
 from scaleout_mp.config.sandbox import LevelName, as_sandbox
-from scaleout_mp.errors import AuthenticationError, CallbackNotSendable, ConfigError, NotConnectedError, ScaleoutError
+from scaleout_mp.errors import (
+    AuthenticationError,
+    CallbackNotSendable,
+    ConfigError,
+    NotConnectedError,
+    ScaleoutError,
+    StateError,
+    StateInUseError,
+)
 from scaleout_mp.executor.core import default_concurrency
 from scaleout_mp.executor.worker_handle import Isolation, check_isolation
 from scaleout_mp.supervisor import connecting, messages
 from scaleout_mp.supervisor.blocking import run_blocking
 from scaleout_mp.supervisor.service import ABORTED_BY_CLIENT, ClientService, ServicePlan
 from scaleout_mp.supervisor.snapshot import ClientSnapshot
+from scaleout_mp.supervisor.state import IN_MEMORY, StateFolder
 from scaleout_mp.task import (
     AbortOrigin,
     AttributesRecord,
@@ -35,14 +45,13 @@ from scaleout_mp.transport.tokens import token_source
 from scaleout_mp.transport.transfer import ModelTransfer
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Mapping, Sequence
 
     from google.protobuf.message import Message
 
     from scaleout_mp.client import ConnectToApiResult, EdgeClient, GrpcConnectionOptions
     from scaleout_mp.model import ScaleoutModel
-    from scaleout_mp.transport.outbox import MessageKind
+    from scaleout_mp.transport.message import MessageKind
     from scaleout_mp.transport.tokens import TokenSource
 
 logger = logging.getLogger(__name__)
@@ -75,13 +84,15 @@ class GrpcEdgeClientRuntime:
         environment: Mapping[str, str] | None = None,
         pass_environment: Sequence[str] = (),
         shield: bool = True,
+        state_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         """Read what is not given from the environment.
 
         `limits` bound each task. `isolation`: "task", a fresh process for each, or "worker", one process that keeps
         what the callbacks keep, see docs/isolation.md. `max_concurrent_tasks`: as many as there are processors, at
         least four. `heartbeat_interval` is in seconds. `echo_output` shows what tasks print. `scratch_folder`,
-        `working_directory`, `environment`, `pass_environment` and `shield` are as for TaskExecutor.
+        `working_directory`, `environment`, `pass_environment` and `shield` are as for TaskExecutor. `state_dir` is the
+        folder below which the client keeps what must reach the server; ":memory:" for none, as in a notebook.
         """
         if not heartbeat_interval > 0:
             raise ConfigError(f"heartbeat_interval must be above 0 seconds, not {heartbeat_interval!r}")
@@ -106,6 +117,10 @@ class GrpcEdgeClientRuntime:
             pass_environment=pass_environment,
             shield=shield,
         )
+        self._state_dir = self.settings.state_dir if state_dir is None else os.fspath(state_dir)
+        #: Where the client belongs: the API's address, or the combiner's when it never asked the API.
+        self._api_url: str | None = None
+        self._moments = messages.Moments()
         self._options: GrpcConnectionOptions | None = None
         self._tokens: tuple[str, TokenSource] | None = None
         # Guards what other threads touch while `run` comes and goes.
@@ -145,6 +160,7 @@ class GrpcEdgeClientRuntime:
         token_refresh_callback: Callable[..., None] | None = None,
     ) -> tuple[ConnectToApiResult, Any]:
         """Ask the REST API for a combiner; see EdgeClient."""
+        self._api_url = url
         payload = connecting.assignment_payload(self.client, json, self.settings)
         try:
             tokens = self._token_source(token, url, token_refresh_callback)
@@ -230,9 +246,11 @@ class GrpcEdgeClientRuntime:
 
         Without polling, tasks come by the server's task stream, and ends are only told by status messages.
         Raises NotConnectedError before `init_grpchandler`, ConfigError when no callback is registered,
-        CallbackNotSendable, and AuthenticationError when the combiner refuses the client at the start.
+        CallbackNotSendable, StateInUseError when another client with this id runs on this machine, StateError when the
+        folder that was asked for cannot be used, and AuthenticationError when the combiner refuses the client at the
+        start.
         """
-        self._require_options()
+        options = self._require_options()
         client = self.client
         if not client.client_id:
             raise ConfigError("the client has no id: call connect_to_api or set_client_id before run")
@@ -255,17 +273,41 @@ class GrpcEdgeClientRuntime:
             if self._running:
                 raise RuntimeError("this client runs already")
             self._running = True
+        state: StateFolder | None = None
         try:
-            run_blocking(lambda: self._main(plan, client), on_interrupt=self._interrupt)
-        except (ConfigError, CallbackNotSendable, AuthenticationError) as error:
+            state = self._open_state(client.client_id, f"{options.host}:{options.port}")
+            run_blocking(lambda: self._main(plan, client, state), on_interrupt=self._interrupt)
+        except (ConfigError, CallbackNotSendable, AuthenticationError, StateError) as error:
             # The user's mistake, told in its last line: our own frames below this one would only bury it.
             raise error.with_traceback(None) from None
         finally:
+            if state is not None:
+                state.close()
             with self._lock:
                 self._running = self._stop_asked = False
 
-    async def _main(self, plan: ServicePlan, client: EdgeClient) -> None:
-        service = ClientService(plan, client, self._open_calls())
+    def _open_state(self, client_id: str, combiner: str) -> StateFolder | None:
+        if self._state_dir == IN_MEMORY:
+            return None
+        state = StateFolder.of(client_id, (self._api_url or combiner).rstrip("/"), root=self._state_dir)
+        try:
+            state.open()
+        except StateInUseError:
+            raise
+        except StateError as error:
+            if self._state_dir is not None:
+                raise
+            # Nobody asked for this place: a user without a home, or a read-only container.
+            logger.warning(
+                "%s: what waits for the server is lost if the client dies; SCALEOUT_MP_STATE_DIR names another folder",
+                error,
+                extra={"action": "state_not_kept"},
+            )
+            return None
+        return state
+
+    async def _main(self, plan: ServicePlan, client: EdgeClient, state: StateFolder | None) -> None:
+        service = ClientService(plan, client, self._open_calls(), state)
         with self._lock:
             self._at_work = asyncio.get_running_loop(), service
             early, self._early = self._early, []
@@ -335,7 +377,8 @@ class GrpcEdgeClientRuntime:
         return self._send(TelemetryRecord(telemetry=telemetry, timestamp=time.time()))
 
     def _send(self, record: Record) -> bool:
-        message = messages.record_message(self.client.client_id or "", record)
+        with self._lock:
+            message = messages.record_message(self.client.client_id or "", record, self._moments)
         assert message is not None
         if self._on_loop(lambda service: service.put(*message)):
             return True

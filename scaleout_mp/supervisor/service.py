@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import signal
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -16,15 +17,20 @@ from scaleout_mp.supervisor.callbacks import CALLBACK_WORKER, CallbackTable, Sha
 from scaleout_mp.supervisor.job_kinds import make_job
 from scaleout_mp.supervisor.jobs import Job, JobResources, Phase
 from scaleout_mp.supervisor.polling import Poller, follow_task_stream
+from scaleout_mp.supervisor.recovery import recovered_job
 from scaleout_mp.supervisor.shutdown import SECOND_CTRL_C, SignalReader, StopAction, signals_to
 from scaleout_mp.supervisor.snapshot import ClientSnapshot, task_snapshot
+from scaleout_mp.supervisor.task_journal import TaskJournal, TaskStage
 from scaleout_mp.supervisor.taskbook import (
     ABORTED_BY_SERVER,
     TIMED_OUT_BY_SERVER,
     TaskBook,
+    TaskStatus,
     Verdict,
 )
 from scaleout_mp.task import AbortOrigin
+from scaleout_mp.transport.journal import Journal
+from scaleout_mp.transport.message import MessageKind
 from scaleout_mp.transport.outbox import Outbox
 from scaleout_mp.transport.transfer import ModelTransfer
 
@@ -36,8 +42,9 @@ if TYPE_CHECKING:
     from scaleout_mp.client import EdgeClient
     from scaleout_mp.config import Limits, Sandbox, Settings, Surroundings
     from scaleout_mp.executor.worker_handle import Isolation
+    from scaleout_mp.supervisor.state import StateFolder
     from scaleout_mp.transport.calls import CombinerCalls
-    from scaleout_mp.transport.outbox import MessageKind
+    from scaleout_mp.transport.message import Ticket
     from scaleout_mp.wire import edge_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -80,8 +87,13 @@ class ServicePlan:
 class ClientService:
     """One run of a client. Every method is called on the loop that `run` runs on, unless it says otherwise."""
 
-    def __init__(self, plan: ServicePlan, client: EdgeClient, calls: CombinerCalls) -> None:
-        """Serve `client` over `calls`, which become the service's own."""
+    def __init__(
+        self, plan: ServicePlan, client: EdgeClient, calls: CombinerCalls, state: StateFolder | None = None
+    ) -> None:
+        """Serve `client` over `calls`, which become the service's own.
+
+        `state` is open, and keeps what must outlive the client; None: nothing does.
+        """
         self._plan = plan
         self._calls = calls
         self._loop = asyncio.get_running_loop()
@@ -93,8 +105,11 @@ class ClientService:
             echo_output=plan.echo_output,
             surroundings=plan.surroundings,
         )
-        self._outbox = Outbox(calls)
-        self._book = TaskBook()
+        self._state = state
+        self._journal = None if state is None else Journal(state.journal_path)
+        self._tasks = TaskJournal(self._journal)
+        self._outbox = Outbox(calls, self._journal, on_refused=self._on_refused)
+        self._book = TaskBook(on_told=lambda task: self._tasks.told(task.correlation_id, task.status, task.response))
         self._resources = JobResources(
             client_id=plan.client_id,
             settings=plan.settings,
@@ -102,6 +117,8 @@ class ClientService:
             callbacks=self._callback_table(client),
             transfer=ModelTransfer(calls),
             outbox=self._outbox,
+            tasks=self._tasks,
+            state=state,
             slots=asyncio.Semaphore(plan.max_concurrent_tasks),
         )
         self._announced = False
@@ -129,20 +146,48 @@ class ClientService:
     async def run(self, early: list[tuple[MessageKind, Message]]) -> None:
         """Serve tasks until told to end; `early` is what the program logged before.
 
-        Raises ConfigError and CallbackNotSendable, before anything is connected, when no task could be
-        served.
+        Raises ConfigError, CallbackNotSendable and StateError, before anything is connected, when no task could
+        be served.
         """
         with signals_to(self.on_signal):
             try:
                 self._resources.callbacks.require_any()
                 self._resources.callbacks.prepare_all()
+                if self._journal is not None:
+                    await self._journal.open()
                 await self._core.start()
+                await self._take_over()
                 for kind, message in early:
                     self._outbox.put(kind, message)
                 await self._serve()
                 await self._unless_now(self._leave())
             finally:
                 await self._clean_up()
+
+    async def _take_over(self) -> None:
+        """Go on with what an earlier run of the client left."""
+        known = await self._tasks.known()
+        messages = await self._outbox.load()
+        open_tasks = [task for task in known if task.stage not in {TaskStage.ENDED, TaskStage.TOLD}]
+        for task in known:
+            if task.stage in {TaskStage.ENDED, TaskStage.TOLD}:
+                told = task.stage is TaskStage.TOLD
+                self._book.restore(task.correlation_id, TaskStatus(task.status), task.response, told=told)
+        if self._state is not None:
+            self._state.sweep([task.result["update_id"] for task in open_tasks if task.stage is TaskStage.RESULT])
+        if messages or open_tasks or self._book.unreported:
+            logger.info(
+                "going on with what an earlier run left: %d messages, %d tasks, %d ends to report",
+                messages,
+                len(open_tasks),
+                self._book.unreported,
+                extra={"action": "taken_over"},
+            )
+        for task in open_tasks:
+            self._book.receive(task.request)
+            self._begin(
+                recovered_job(task, self._resources, on_start=functools.partial(self._book.run, task.correlation_id))
+            )
 
     async def _serve(self) -> None:
         """Work until told to end. Raises what ended a loop that should not have."""
@@ -198,25 +243,35 @@ class ClientService:
             request.type,
             extra={"action": "task_received", "task_id": correlation_id, "task_type": request.type},
         )
-        job = make_job(request, self._resources, on_start=lambda: self._book.run(correlation_id))
-        self._jobs[correlation_id] = job, self._loop.create_task(self._see_through(job), name=correlation_id)
+        self._tasks.received(request)
+        self._begin(make_job(request, self._resources, on_start=lambda: self._book.run(correlation_id)))
+
+    def _begin(self, job: Job) -> None:
+        task = self._loop.create_task(self._see_through(job), name=job.correlation_id)
+        self._jobs[job.correlation_id] = job, task
         if self._signals.ending:
             job.abort(AbortOrigin.CLIENT, ENDING)
 
     async def _see_through(self, job: Job) -> None:
         try:
             ending = await job.run()
+            await self._tasks.ended(job.correlation_id, ending.status, ending.response)
             self._book.finish(job.correlation_id, ending.status, ending.response)
         except asyncio.CancelledError:
             # The client ends before all that the task sent has arrived; its end may still be reported.
             ended = job.ending_if_cut_off(ENDING)
             if ended is not None:
+                self._tasks.ends(job.correlation_id, ended.status, ended.response)
                 self._book.finish(job.correlation_id, ended.status, ended.response)
             raise
         finally:
             del self._jobs[job.correlation_id]
             if not self._plan.with_polling:
                 self._book.drop_finished()
+
+    def _on_refused(self, ticket: Ticket, error: TransportError) -> None:
+        if ticket.kind in {MessageKind.UPDATE, MessageKind.VALIDATION}:
+            self._tasks.refused(ticket.lane, str(error))
 
     # Control
 
@@ -283,7 +338,7 @@ class ClientService:
         deadline = self._loop.time() + _LAST_WORDS
         try:
             if not await self._said_all(deadline - _GOODBYE - _RESULTS_ONLY):
-                self._outbox.give_up_records()
+                self._outbox.set_records_aside()
                 await self._said_all(deadline - _GOODBYE - _RESULTS_ONLY / 2)
                 # What a job is cut off from is told as far as it is known.
                 await _cancelled([task for _, task in self._jobs.values()])
@@ -341,6 +396,8 @@ class ClientService:
         await self._core.aclose(kill=self._end_now.done())
         await self._outbox.aclose()
         await self._calls.aclose()
+        if self._journal is not None:
+            await self._journal.aclose()
 
 
 async def _cancelled(tasks: list[asyncio.Task[Any]]) -> None:

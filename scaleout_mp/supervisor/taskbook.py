@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from scaleout_mp.wire import edge_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 #: Finished tasks whose last report is remembered, so that a late second delivery does not run them again.
 REMEMBERED: Final = 1024
@@ -72,7 +72,9 @@ class HeldTask:
 class TaskBook:
     """Every task from its delivery until its last report was accepted."""
 
-    def __init__(self, *, remembered: int = REMEMBERED) -> None:
+    def __init__(self, *, remembered: int = REMEMBERED, on_told: Callable[[HeldTask], None] | None = None) -> None:
+        """Call `on_told` with each task whose end the server has heard of."""
+        self._on_told = on_told
         self._held: dict[str, HeldTask] = {}
         self._finished: collections.OrderedDict[str, HeldTask] = collections.OrderedDict()
         self._remembered = remembered
@@ -91,6 +93,11 @@ class TaskBook:
         """Return the status of a task that is held."""
         task = self._held.get(correlation_id)
         return None if task is None else task.status
+
+    def restore(self, correlation_id: str, status: TaskStatus, response: str, *, told: bool) -> None:
+        """Take over the end of a task of an earlier run; `told`: the server has heard of it."""
+        ended = HeldTask(correlation_id, status=status, response=response, done=True)
+        (self._finished if told else self._held)[correlation_id] = ended
 
     def receive(self, request: pb.TaskRequest) -> Verdict:
         """Take a request from a directive and say what it asks for."""
@@ -163,5 +170,7 @@ class TaskBook:
             task.response = _RESPONSE_TOLD
         self._finished[correlation_id] = task
         self._finished.move_to_end(correlation_id)
+        if self._on_told is not None:
+            self._on_told(task)
         while len(self._finished) > self._remembered:
             self._finished.popitem(last=False)

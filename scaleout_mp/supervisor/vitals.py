@@ -35,10 +35,12 @@ async def send_machine_telemetry(calls: CombinerCalls, outbox: Outbox, *, client
     # The first figure is the use since the call before, which there was not.
     psutil.cpu_percent()
 
+    moments = messages.Moments()
+
     async def look() -> None:
         figures = {"memory_usage": psutil.virtual_memory().percent, "cpu_usage": psutil.cpu_percent()}
         record = TelemetryRecord(telemetry=figures, timestamp=time.time())
-        message = messages.record_message(client_id, record)
+        message = messages.record_message(client_id, record, moments)
         # Figures of an outage help nobody once it is over, and there is one every five seconds.
         if message is not None and not calls.link.down:
             outbox.put(*message)

@@ -209,7 +209,7 @@ class CombinerCalls:
             }[method.stream_in, method.stream_out]
             known = self._callables[method.name] = make(
                 method.path,
-                request_serializer=serializer or method.request.SerializeToString,
+                request_serializer=serializer or _wire_form,
                 response_deserializer=method.response.FromString,
             )
         return known
@@ -218,6 +218,11 @@ class CombinerCalls:
         """Close the channel; calls under way are cancelled."""
         await self._channel.close(None)
         await self._credentials.aclose()
+
+
+def _wire_form(message: Any) -> bytes:
+    """Return a message as it is sent; what waited for its turn is in that form already."""
+    return message if isinstance(message, bytes) else cast("bytes", message.SerializeToString())
 
 
 def worth_retrying(error: TransportError) -> bool:

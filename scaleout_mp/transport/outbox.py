@@ -1,46 +1,41 @@
-"""What must reach the combiner: in order within a task, retried as long as the link is down."""
+"""What must reach the combiner: kept in the journal, sent in order within a task, retried as long as the link is down.
+
+A message that arrives before the journal writes it, within a few milliseconds, is never written. At least once: what
+was under way when the client died is sent again, byte for byte.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import collections
 import dataclasses
-import enum
 import logging
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from scaleout_mp.errors import AuthenticationError, TransportError
+from scaleout_mp.transport.backoff import Backoff
 from scaleout_mp.transport.calls import worth_retrying
-from scaleout_mp.wire import methods
+from scaleout_mp.transport.lane import HELD, PAGE, Lane, Pace
+from scaleout_mp.transport.message import MessageClass, MessageKind, Ticket
+from scaleout_mp.transport.message_table import MessageTable
+from scaleout_mp.transport.stock import BOUNDS, Bound, Stock
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Container, Iterable, Mapping
+
     from google.protobuf.message import Message
 
     from scaleout_mp.transport.calls import CombinerCalls
+    from scaleout_mp.transport.journal import Journal
 
 logger = logging.getLogger(__name__)
 
-#: Records, and bytes of them, that wait at most; what comes beyond is dropped and counted.
-MAX_RECORDS: Final = 1_000_000
-MAX_RECORD_BYTES: Final = 256 << 20
-#: Calls under way at once, over all tasks.
-IN_FLIGHT: Final = 32
 
-
-class MessageKind(enum.Enum):
-    """What a message is, and by which call it goes."""
-
-    METRIC = methods.SEND_MODEL_METRIC
-    ATTRIBUTES = methods.SEND_ATTRIBUTE_MESSAGE
-    TELEMETRY = methods.SEND_TELEMETRY_MESSAGE
-    STATUS = methods.SEND_STATUS
-    UPDATE = methods.SEND_MODEL_UPDATE
-    VALIDATION = methods.SEND_MODEL_VALIDATION
-
-    @property
-    def bounded(self) -> bool:
-        """Whether there may be so many of them that some must be dropped in a long outage."""
-        return self in {MessageKind.METRIC, MessageKind.ATTRIBUTES, MessageKind.TELEMETRY}
+#: Calls under way at once, over all tasks, and how many more there may be for results.
+UNDER_WAY: Final = 64
+RESULTS_BESIDE: Final = 8
+#: A call that fails by itself is soon made again; a link that is down gets one call of each task now and then.
+RETRIES: Final = Backoff(first=0.05, cap=5.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,83 +44,71 @@ class OutboxCounts:
 
     pending: int
     delivered: int
-    #: Records that found the box full.
+    #: Records that found the box full, or the disk, or were given up.
     dropped: int
     #: Messages that the combiner refused for good.
     refused: int
 
 
-class Ticket:
-    """The fate of one message."""
-
-    __slots__ = ("_error", "_settled", "_waiter", "kind", "packed", "tried")
-
-    def __init__(self, kind: MessageKind, packed: bytes) -> None:
-        self.kind = kind
-        #: As bytes: of a million messages the objects would take many times the room.
-        self.packed = packed
-        #: Whether it went out at least once: the combiner may have it even if no answer came.
-        self.tried = False
-        self._settled = False
-        self._error: TransportError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    @property
-    def refused(self) -> bool:
-        """Whether it is certain that the combiner will not have the message."""
-        return self._settled and self._error is not None
-
-    @property
-    def arrived(self) -> bool:
-        """Whether the combiner has the message."""
-        return self._settled and self._error is None
-
-    def settle(self, error: TransportError | None) -> None:
-        """Note that the message was delivered, or that it never will be. Called by the outbox."""
-        self._settled, self._error = True, error
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def delivered(self) -> None:
-        """Wait until the combiner has the message. Raises the TransportError with which it was refused."""
-        if not self._settled:
-            if self._waiter is None:
-                self._waiter = asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._waiter)
-        if self._error is not None:
-            raise self._error
-
-
-class _Lane:
-    """The messages of one task, in order."""
-
-    def __init__(self) -> None:
-        self.waiting: collections.deque[Ticket] = collections.deque()
-        self.sender: asyncio.Task[None] | None = None
-
-
 class Outbox:
-    """Messages in memory until the combiner has them. Lives on one event loop."""
+    """Messages until the combiner has them. Lives on one event loop."""
 
     def __init__(
         self,
         calls: CombinerCalls,
+        journal: Journal | None = None,
         *,
-        max_records: int = MAX_RECORDS,
-        max_record_bytes: int = MAX_RECORD_BYTES,
-        in_flight: int = IN_FLIGHT,
+        bounds: Mapping[MessageClass, Bound] = BOUNDS,
+        under_way: int = UNDER_WAY,
+        retries: Backoff = RETRIES,
+        on_refused: Callable[[Ticket, TransportError], None] | None = None,
     ) -> None:
+        """Keep messages in `journal`, which is open; without one, in memory alone.
+
+        `on_refused` is called with a message that will never be taken, before that is forgotten.
+        """
         self._calls = calls
-        self._max_records = max_records
-        self._slots = asyncio.Semaphore(in_flight)
-        self._lanes: dict[str, _Lane] = {}
-        self._max_record_bytes = max_record_bytes
-        self._records = 0
-        self._record_bytes = 0
-        self._pending = 0
-        self._delivered = 0
-        self._dropped = 0
-        self._refused = 0
+        self._table = None if journal is None else MessageTable(journal)
+        self._bounds = bounds
+        self._retries = retries
+        self._on_refused = on_refused
+        self._limits = dict.fromkeys(MessageClass, under_way)
+        # Results never wait until a record's call comes back.
+        self._limits[MessageClass.RESULT] += RESULTS_BESIDE
+        self._lanes: dict[str, Lane] = {}
+        #: Lanes that may send, by what they would send; those whose turn is next come first. Checked when picked.
+        self._ready: dict[MessageClass, dict[Lane, None]] = {rank: {} for rank in MessageClass}
+        self._senders: set[asyncio.Task[None]] = set()
+        self._waits: set[asyncio.TimerHandle] = set()
+        self._busy = 0
+        self._stock = Stock()
+        self._pace = Pace()
+        self._dropped_by: collections.Counter[str] = collections.Counter()
+        self._last_id = 0
+        self._pending = self._delivered = self._dropped = self._refused = 0
+        self._results_only = self._closed = False
+        if journal is not None:
+            journal.on_lost = self._on_lost
+
+    async def load(self) -> int:
+        """Take over what an earlier run of the client left in the journal; return how many messages that is."""
+        if self._table is None:
+            return 0
+        for left in await self._table.left_records():
+            lane = self._lane(left.lane)
+            lane.spilled += left.count
+            lane.stock.add(left.rank, left.count, left.bytes)
+            self._stock.add(left.rank, left.count, left.bytes)
+            self._pending += left.count
+            self._last_id = max(self._last_id, left.last_id)
+        for ticket in await self._table.left_results():
+            self._lane(ticket.lane).append(ticket)
+            self._pending += 1
+            self._last_id = max(self._last_id, ticket.id)
+        for lane in self._lanes.values():
+            self._touch(lane)
+        self._pump()
+        return self._pending
 
     @property
     def counts(self) -> OutboxCounts:
@@ -139,133 +122,284 @@ class Outbox:
         """Whether the last call to the combiner failed."""
         return self._calls.link.down
 
+    # Messages come
+
     def put(self, kind: MessageKind, message: Message, *, task_id: str = "") -> Ticket:
         """Take a message; those of one task arrive in the order in which they were put."""
-        ticket = Ticket(kind, message.SerializeToString())
-        if kind.bounded:
-            size = len(ticket.packed)
-            if self._records >= self._max_records or self._record_bytes + size > self._max_record_bytes:
-                self._drop(ticket)
-                return ticket
-            self._records += 1
-            self._record_bytes += size
+        self._last_id += 1
+        ticket = Ticket(self._last_id, task_id, kind, message.SerializeToString())
+        if self._closed:
+            self._drop([ticket], "the client has ended")
+            return ticket
+        rank, size = ticket.rank, len(ticket.packed)
+        if not self._stock.has_room(rank, size, self._bounds.get(rank)):
+            self._turn_away(ticket)
+            return ticket
+        self._stock.add(rank, 1, size)
         self._pending += 1
-        lane = self._lanes.setdefault(task_id, _Lane())
-        lane.waiting.append(ticket)
-        if lane.sender is None:
-            lane.sender = asyncio.get_running_loop().create_task(self._deliver(task_id, lane))
+        lane = self._lane(task_id)
+        lane.append(ticket)
+        lane.stock.add(rank, 1, size)
+        if self._table is not None:
+            self._table.add(ticket)
+        self._touch(lane)
+        self._pump()
         return ticket
 
-    def _drop(self, ticket: Ticket) -> None:
-        if self._dropped == 0:
+    def _lane(self, name: str) -> Lane:
+        lane = self._lanes.get(name)
+        if lane is None:
+            lane = self._lanes[name] = Lane(name, self._pace, held=None if self._table is None else HELD)
+            if self._results_only:
+                lane.send_results_only()
+        return lane
+
+    def _turn_away(self, ticket: Ticket) -> None:
+        if not self._dropped:
             logger.warning(
                 "%d records wait for the combiner; further ones are dropped until it answers",
-                self._records,
+                self._stock.total,
                 extra={"action": "outbox_full"},
             )
-        self._dropped += 1
-        ticket.settle(TransportError("the outbox is full"))
+        self._drop([ticket], "the outbox is full")
 
-    async def _deliver(self, task_id: str, lane: _Lane) -> None:
-        failures = 0
-        while lane.waiting:
-            ticket = lane.waiting[0]
-            error: TransportError | None = None
+    def _drop(self, tickets: Iterable[Ticket], why: str) -> None:
+        for ticket in tickets:
+            self._dropped += 1
+            self._dropped_by[ticket.lane] += 1
+            ticket.settle(TransportError(why))
+
+    def take_dropped(self, task_id: str) -> int:
+        """Return how many records of a task were dropped, and forget it."""
+        return self._dropped_by.pop(task_id, 0)
+
+    # Messages go
+
+    def _touch(self, lane: Lane) -> None:
+        """Have a lane looked at, after whatever changed in it."""
+        if lane.wants_page and self._table is not None:
+            lane.fetching, epoch = True, lane.epoch
+            self._table.fetch(lane.name, lane.read_to, PAGE, lambda found: self._on_page(lane, epoch, found))
+        rank = lane.next_rank()
+        if rank is not None:
+            self._ready[rank].setdefault(lane)
+
+    def _on_page(self, lane: Lane, epoch: int, found: list[Ticket]) -> None:
+        if epoch != lane.epoch or self._closed:
+            return
+        lane.fetched(found)
+        if lane.spilled and not found:
+            logger.error("%d records are missing in the journal", lane.spilled, extra={"action": "records_missing"})
+            self._forget_spilled(lane, lane.spilled, Stock.of(lane.unsettled()))
+        self._touch(lane)
+        self._pump()
+        self._retire(lane)
+
+    def _forget_spilled(self, lane: Lane, count: int, left: Stock) -> None:
+        """Count records out that are in the journal alone, and will not be sent; `left` stays in the lane."""
+        self._stock.subtract(lane.stock)
+        self._stock.add_all(left)
+        lane.stock = left
+        lane.spilled -= count
+        self._pending -= count
+        self._dropped += count
+        self._dropped_by[lane.name] += count
+
+    def _pump(self) -> None:
+        """Start another sender when there is something for it to send."""
+        if self._closed or len(self._senders) >= self._limits[MessageClass.RESULT]:
+            return
+        if any(lanes and self._busy < self._limits[rank] for rank, lanes in self._ready.items()):
+            sender = asyncio.get_running_loop().create_task(self._send())
+            self._senders.add(sender)
+            sender.add_done_callback(self._senders.discard)
+
+    def _pick(self) -> tuple[Lane, Ticket] | None:
+        for rank, lanes in self._ready.items():
+            while lanes and self._busy < self._limits[rank]:
+                lane = next(iter(lanes))
+                del lanes[lane]
+                if lane.next_rank() is rank:
+                    ticket = lane.take()
+                    # At the end: the lanes take turns.
+                    self._touch(lane)
+                    return lane, ticket
+                self._touch(lane)
+        return None
+
+    async def _send(self) -> None:
+        while (found := self._pick()) is not None:
+            lane, ticket = found
+            self._busy += 1
             try:
-                # The slot is held for the attempt only: a lane that waits for the link must not block others.
-                async with self._slots:
-                    ticket.tried = True
-                    await self._calls.once(ticket.kind.value, ticket.kind.value.request.FromString(ticket.packed))
-            except TransportError as failure:
-                # A refused token may be accepted again; the messages are worth the wait.
-                if worth_retrying(failure) or isinstance(failure, AuthenticationError):
-                    failures += 1
-                    wait = self._calls.delay(failures)
-                    self._calls.link.failed(ticket.kind.value.name, failure, wait)
-                    await self._calls.sleep(wait)
-                    continue
-                error = failure
-            except Exception as bug:
-                # Whatever is wrong with one message, those behind it must not wait for ever.
-                logger.exception("sending a message failed in the client itself", extra={"action": "outbox_bug"})
-                error = TransportError(f"internal error of the client: {type(bug).__name__}: {bug}")
-            failures = 0
-            # Unless it was given up meanwhile.
-            if lane.waiting and lane.waiting[0] is ticket:
-                lane.waiting.popleft()
-                self._settle(ticket, error)
-        del self._lanes[task_id]
+                self._pump()
+                await self._attempt(lane, ticket)
+            finally:
+                self._busy -= 1
+            self._touch(lane)
 
-    def _settle(self, ticket: Ticket, error: TransportError | None) -> None:
-        self._pending -= 1
-        if ticket.kind.bounded:
-            self._records -= 1
-            self._record_bytes -= len(ticket.packed)
+    async def _attempt(self, lane: Lane, ticket: Ticket) -> None:
+        error: TransportError | None = None
+        begun = asyncio.get_running_loop().time()
+        try:
+            await self._calls.once(ticket.kind.value, ticket.packed)
+            self._pace.measured(asyncio.get_running_loop().time() - begun)
+        except TransportError as failure:
+            # A refused token may be accepted again; the messages are worth the wait.
+            if worth_retrying(failure) or isinstance(failure, AuthenticationError):
+                self._on_failure(lane, ticket, failure)
+                return
+            error = failure
+        except Exception as bug:
+            # Whatever is wrong with one message, those behind it must not wait for ever.
+            logger.exception("sending a message failed in the client itself", extra={"action": "outbox_bug"})
+            error = TransportError(f"internal error of the client: {type(bug).__name__}: {bug}")
+        lane.succeeded(ticket)
+        # Unless it was given up meanwhile.
+        if not ticket.settled:
+            self._settle(lane, ticket, error)
+        self._retire(lane)
+
+    def _on_failure(self, lane: Lane, ticket: Ticket, failure: TransportError) -> None:
+        if not lane.failed(ticket):
+            return
+        wait = self._retries.delay(lane.failures)
+        self._calls.link.failed(ticket.kind.value.name, failure, wait)
+        loop = asyncio.get_running_loop()
+
+        def go_on() -> None:
+            self._waits.discard(handle)
+            lane.waiting = False
+            self._touch(lane)
+            self._pump()
+
+        handle = loop.call_later(wait, go_on)
+        self._waits.add(handle)
+
+    def _settle(self, lane: Lane, ticket: Ticket, error: TransportError | None) -> None:
         if error is None:
             self._delivered += 1
         else:
             self._refused += 1
             logger.error("the combiner refused a message for good: %s", error, extra={"action": "message_refused"})
+            if self._on_refused is not None:
+                self._on_refused(ticket, error)
+        self._discount(lane, ticket)
         ticket.settle(error)
+        if self._table is not None:
+            self._table.remove(ticket)
 
-    async def flush(self, task_id: str, within: float | None = None) -> bool:
-        """Wait until nothing of the task is left to send; False when that takes over `within` seconds."""
+    def _discount(self, lane: Lane, ticket: Ticket) -> None:
+        self._pending -= 1
+        lane.stock.add(ticket.rank, -1, -len(ticket.packed))
+        self._stock.add(ticket.rank, -1, -len(ticket.packed))
+
+    def _retire(self, lane: Lane) -> None:
+        """Tell who waits for a lane that it is finished; one that is empty is forgotten."""
+        if lane.finished:
+            lane.done.set()
+            # Not one that took the name since.
+            if not lane.pending and self._lanes.get(lane.name) is lane:
+                del self._lanes[lane.name]
+
+    def _on_lost(self, tickets: list[Ticket]) -> None:
+        """Count what the disk did not take and memory has not; the rest is sent all the same."""
+        for ticket in tickets:
+            lane = self._lanes.get(ticket.lane)
+            # Given up meanwhile, when there is no such lane.
+            if ticket.spilled and not ticket.settled and lane is not None and lane.spilled:
+                lane.spilled -= 1
+                self._discount(lane, ticket)
+                self._drop([ticket], "the disk is full")
+                self._touch(lane)
+                self._retire(lane)
+        self._pump()
+
+    # Waiting, giving up, ending
+
+    async def flush(self, task_id: str) -> None:
+        """Wait until nothing of the task is left to send."""
         lane = self._lanes.get(task_id)
-        if lane is None or lane.sender is None:
-            return True
-        done, _ = await asyncio.wait([lane.sender], timeout=within)
-        return bool(done)
+        if lane is not None and not lane.finished:
+            await lane.done.wait()
+
+    def find(self, task_id: str, kinds: Container[MessageKind]) -> Ticket | None:
+        """Return the first result or status of a task that waits and is of one of the kinds."""
+        lane = self._lanes.get(task_id)
+        tickets = () if lane is None else lane.unsettled()
+        return next((ticket for ticket in tickets if ticket.kind in kinds), None)
 
     def waiting(self, task_id: str) -> int:
         """Return how many messages of a task wait."""
         lane = self._lanes.get(task_id)
-        return 0 if lane is None else len(lane.waiting)
+        return 0 if lane is None else lane.pending
 
     def give_up_records(self, task_id: str | None = None) -> int:
         """Drop what a task, or any, has logged and still waits; return how much. Results and statuses stay."""
-        count = 0
+        before = self._dropped
         for lane in [lane for name, lane in self._lanes.items() if task_id is None or name == task_id]:
-            kept: list[Ticket] = []
-            for ticket in lane.waiting:
-                if not ticket.kind.bounded:
-                    kept.append(ticket)
-                    continue
-                count += 1
-                self._pending -= 1
-                self._records -= 1
-                self._record_bytes -= len(ticket.packed)
-                ticket.settle(TransportError("the record was given up"))
-            lane.waiting.clear()
-            lane.waiting.extend(kept)
-        self._dropped += count
+            spilled = lane.spilled
+            taken = lane.remove_records()
+            for ticket in taken:
+                self._discount(lane, ticket)
+            self._drop(taken, "the record was given up")
+            lane.spilled = spilled
+            self._forget_spilled(lane, spilled, Stock())
+            if self._table is not None:
+                self._table.remove_records(lane.name)
+            self._touch(lane)
+            self._retire(lane)
+        self._pump()
+        count = self._dropped - before
         if count:
             logger.warning("%d records were given up", count, extra={"action": "records_given_up", "task_id": task_id})
         return count
 
+    def set_records_aside(self) -> None:
+        """Send results and statuses alone from now on.
+
+        Records stay in the journal for the next start; without one they are given up.
+        """
+        if self._table is None:
+            self.give_up_records()
+            return
+        self._results_only = True
+        for lane in list(self._lanes.values()):
+            lane.send_results_only()
+            self._touch(lane)
+            self._retire(lane)
+        self._pump()
+
     async def drain(self, within: float) -> bool:
         """Wait until nothing is left to send, at most `within` seconds; return whether that is so."""
-        deadline = asyncio.get_running_loop().time() + within
-        while self._lanes:
-            left = deadline - asyncio.get_running_loop().time()
-            senders = self._senders()
-            if left <= 0 or not senders:
-                return False
-            await asyncio.wait(senders, timeout=left)
+        try:
+            async with asyncio.timeout(within):
+                while open_lanes := [lane for lane in self._lanes.values() if not lane.finished]:
+                    await open_lanes[0].done.wait()
+        except TimeoutError:
+            return False
         return True
 
     async def aclose(self) -> None:
-        """Stop sending; what is left is lost, and said so."""
-        senders = self._senders()
+        """Stop sending; what is left waits in the journal, or is lost without one, and said so."""
+        self._closed = True
+        for wait in self._waits:
+            wait.cancel()
+        senders = list(self._senders)
         for sender in senders:
             sender.cancel()
         if senders:
             await asyncio.wait(senders)
-        if self._pending:
+        if self._pending and self._table is None:
             logger.warning("%d messages did not reach the combiner", self._pending, extra={"action": "outbox_lost"})
+        elif self._pending and self._table is not None:
+            logger.warning(
+                "%d messages wait for the combiner in %s; the next start sends them",
+                self._pending,
+                self._table.path,
+                extra={"action": "outbox_kept"},
+            )
         for lane in self._lanes.values():
-            for ticket in lane.waiting:
+            for ticket in lane.unsettled():
                 ticket.settle(TransportError("the client ended before the message could be sent"))
         self._lanes.clear()
-
-    def _senders(self) -> list[asyncio.Task[Any]]:
-        return [lane.sender for lane in self._lanes.values() if lane.sender is not None]

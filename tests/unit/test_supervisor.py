@@ -210,28 +210,37 @@ class TestMessages:
         context = RecordContext(model_id="own", round_id=None, session_id="")
         # A context is whole, as with the published client: what it leaves out is not filled in.
         record = MetricRecord(metrics={"loss": 0.5}, step=3, timestamp=1.5, context=context)
-        kind, message = messages.record_message("me", record, task=self.task)
+        kind, message = messages.record_message("me", record, messages.Moments(), task=self.task)
         assert kind is MessageKind.METRIC
         assert (message.model_id, message.round_id, message.session_id) == ("own", "", "")
-        kind, message = messages.record_message("me", MetricRecord(metrics={}, step=3, timestamp=1.5), task=self.task)
+        kind, message = messages.record_message(
+            "me", MetricRecord(metrics={}, step=3, timestamp=1.5), messages.Moments(), task=self.task
+        )
         assert (message.model_id, message.round_id, message.session_id) == ("m", "r", "s")
-        _, message = messages.record_message("me", record, task=self.task)
+        _, message = messages.record_message("me", record, messages.Moments(), task=self.task)
         assert message.step.value == 3
         assert message.timestamp.ToNanoseconds() == 1_500_000_000
         assert [(elem.key, elem.value) for elem in message.metrics] == [("loss", 0.5)]
 
     def test_no_step_is_no_step(self):
         record = MetricRecord(metrics={}, step=None, timestamp=0.0)
-        _, message = messages.record_message("me", record, task=self.task)
+        _, message = messages.record_message("me", record, messages.Moments(), task=self.task)
         assert not message.HasField("step")
         assert message.model_id == "m"
 
     def test_the_other_records(self):
-        kind, message = messages.record_message("me", AttributesRecord(attributes={"a": "1"}, timestamp=0.0))
+        kind, message = messages.record_message(
+            "me", AttributesRecord(attributes={"a": "1"}, timestamp=0.0), messages.Moments()
+        )
         assert (kind, message.attributes[0].key, message.client_id) == (MessageKind.ATTRIBUTES, "a", "me")
-        kind, message = messages.record_message("me", TelemetryRecord(telemetry={"t": 2.0}, timestamp=0.0))
+        kind, message = messages.record_message(
+            "me", TelemetryRecord(telemetry={"t": 2.0}, timestamp=0.0), messages.Moments()
+        )
         assert (kind, message.telemetries[0].value) == (MessageKind.TELEMETRY, 2.0)
-        assert messages.record_message("me", LogLine(logger="x", level=20, message="m", timestamp=0.0)) is None
+        assert (
+            messages.record_message("me", LogLine(logger="x", level=20, message="m", timestamp=0.0), messages.Moments())
+            is None
+        )
 
     def test_task_data(self):
         assert messages.task_data(request(), "parameters") == {}

@@ -11,7 +11,9 @@ from scaleout_mp.errors import AuthenticationError, CallError, TransportError
 from scaleout_mp.transport.backoff import Backoff
 from scaleout_mp.transport.calls import CombinerCalls, is_transient, worth_retrying
 from scaleout_mp.transport.link import LinkWatch
-from scaleout_mp.transport.outbox import MessageKind, Outbox
+from scaleout_mp.transport.message import MessageClass, MessageKind
+from scaleout_mp.transport.outbox import Outbox
+from scaleout_mp.transport.stock import Bound
 from scaleout_mp.transport.transfer import serialize_chunk
 from scaleout_mp.wire import edge_pb2 as pb
 
@@ -29,6 +31,7 @@ class FakeCalls(CombinerCalls):
         self.failures = list(failures)
         self.arrived = []
         self.waits = []
+        self.under_way = self.most_under_way = 0
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -37,40 +40,55 @@ class FakeCalls(CombinerCalls):
         await asyncio.sleep(0)
 
     async def once(self, method, request, *, within=0.0):
-        await self.gate.wait()
-        if self.failures:
-            error = self.failures.pop(0)
-            if error is not None:
-                raise error
-        self.arrived.append((method.name, request.model_id if hasattr(request, "model_id") else ""))
+        # What goes out first arrives first, as on one connection; answers come when the gate opens.
+        error = self.failures.pop(0) if self.failures else None
+        if error is None:
+            message = method.request.FromString(request) if isinstance(request, bytes) else request
+            self.arrived.append((method.name, message.model_id if hasattr(message, "model_id") else ""))
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        try:
+            await self.gate.wait()
+        finally:
+            self.under_way -= 1
+        if error is not None:
+            raise error
         return pb.Response()
+
+
+QUICK = Backoff(first=0.001, jitter=0)
+
+
+def box(calls, **options):
+    return Outbox(calls, **{"retries": QUICK, **options})
 
 
 def metric(name):
     return MessageKind.METRIC, pb.ModelMetric(model_id=name)
 
 
-def test_messages_of_a_task_arrive_in_order_whatever_fails():
+def test_a_result_arrives_after_all_that_was_put_before_it_whatever_fails():
     async def scenario():
         calls = FakeCalls(None, DOWN, DOWN, None)
-        outbox = Outbox(calls)
+        outbox = box(calls)
         for name in "abc":
             outbox.put(*metric(name), task_id="t")
         update = outbox.put(MessageKind.UPDATE, pb.ModelUpdate(model_id="u"), task_id="t")
         await update.delivered()
-        assert await outbox.flush("t")
+        await outbox.flush("t")
         return calls, outbox.counts
 
     calls, counts = asyncio.run(scenario())
-    assert calls.arrived == [("SendModelMetric", name) for name in "abc"] + [("SendModelUpdate", "u")]
-    assert calls.waits == [1.0, 2.0]
+    # What failed while others were under way comes late; the update comes last all the same.
+    assert sorted(calls.arrived[:3]) == [("SendModelMetric", name) for name in "abc"]
+    assert calls.arrived[3:] == [("SendModelUpdate", "u")]
     assert (counts.pending, counts.delivered, counts.refused) == (0, 4, 0)
 
 
 def test_a_message_that_is_refused_for_good_does_not_hold_up_the_others(caplog):
     async def scenario():
         calls = FakeCalls(REFUSED)
-        outbox = Outbox(calls)
+        outbox = box(calls)
         update = outbox.put(MessageKind.UPDATE, pb.ModelUpdate(), task_id="t")
         after = outbox.put(*metric("a"), task_id="t")
         with pytest.raises(CallError, match="INVALID_ARGUMENT"):
@@ -86,7 +104,7 @@ def test_a_message_that_is_refused_for_good_does_not_hold_up_the_others(caplog):
 def test_a_refused_token_is_waited_out():
     async def scenario():
         calls = FakeCalls(AuthenticationError("spent"), TransportError("the API does not answer"))
-        ticket = Outbox(calls).put(*metric("a"))
+        ticket = box(calls).put(*metric("a"))
         await ticket.delivered()
         return calls
 
@@ -95,30 +113,108 @@ def test_a_refused_token_is_waited_out():
 
 def test_a_task_that_waits_for_the_link_does_not_block_the_others():
     async def scenario():
-        calls = FakeCalls()
-        stuck = asyncio.Event()
-
-        async def sleep(_):
-            await stuck.wait()
-
-        calls.sleep = sleep
-        calls.failures = [DOWN]
-        outbox = Outbox(calls, in_flight=1)
+        calls = FakeCalls(DOWN)
+        outbox = box(calls, under_way=1, retries=Backoff(first=0.05, jitter=0))
         first = outbox.put(*metric("a"), task_id="one")
         await outbox.put(*metric("b"), task_id="two").delivered()
-        assert not await outbox.flush("one", within=0)
-        stuck.set()
+        assert not first.settled
         await first.delivered()
         return calls.arrived
 
     assert asyncio.run(scenario()) == [("SendModelMetric", "b"), ("SendModelMetric", "a")]
 
 
+def test_records_go_out_together_in_order_and_a_result_goes_alone():
+    async def scenario():
+        calls = FakeCalls()
+        outbox = box(calls)
+        calls.gate.clear()
+        for step in range(2000):
+            outbox.put(*metric(str(step)), task_id="t")
+        update = outbox.put(MessageKind.UPDATE, pb.ModelUpdate(model_id="u"), task_id="t")
+        after = outbox.put(*metric("after"), task_id="t")
+        await asyncio.sleep(0.01)
+        assert calls.under_way == 64
+        calls.gate.set()
+        await after.delivered()
+        assert update.arrived
+        return calls
+
+    calls = asyncio.run(scenario())
+    assert calls.most_under_way == 64
+    assert [name for _, name in calls.arrived] == [*map(str, range(2000)), "u", "after"]
+
+
+def test_records_go_one_by_one_while_that_keeps_up():
+    async def scenario():
+        calls = FakeCalls()
+        outbox = box(calls)
+        for step in range(12):
+            outbox.put(*metric(str(step)), task_id="t")
+        assert await outbox.drain(5)
+        return calls
+
+    calls = asyncio.run(scenario())
+    assert calls.most_under_way == 1
+    assert [name for _, name in calls.arrived] == [*map(str, range(12))]
+
+
+def test_a_link_that_fails_gets_one_call_at_a_time_and_then_more():
+    async def scenario():
+        calls = FakeCalls(*[DOWN] * 64)
+        outbox = box(calls)
+        calls.gate.clear()
+        for step in range(1000):
+            outbox.put(*metric(str(step)), task_id="t")
+        await asyncio.sleep(0.01)
+        assert calls.under_way == 64
+        calls.gate.set()
+        await asyncio.sleep(0)
+        # All of them have failed, and that is one failure.
+        calls.gate.clear()
+        calls.most_under_way = 0
+        await asyncio.sleep(0.01)
+        assert calls.most_under_way == 1
+        calls.gate.set()
+        assert await outbox.drain(10)
+        return calls
+
+    calls = asyncio.run(scenario())
+    assert [name for _, name in calls.arrived] == [str(step) for step in range(1000)]
+
+
+def test_results_go_before_metrics_and_metrics_before_telemetry():
+    async def scenario():
+        calls = FakeCalls()
+        outbox = box(calls, under_way=2)
+        calls.gate.clear()
+        for task in ("one", "two"):
+            outbox.put(MessageKind.TELEMETRY, pb.TelemetryMessage(), task_id=task)
+        await asyncio.sleep(0.01)
+        assert calls.under_way == 2
+        outbox.put(MessageKind.TELEMETRY, pb.TelemetryMessage())
+        outbox.put(*metric("m"), task_id="metrics")
+        outbox.put(MessageKind.UPDATE, pb.ModelUpdate(model_id="u"), task_id="update")
+        await asyncio.sleep(0.01)
+        # For results there is always room.
+        assert calls.under_way == 3
+        calls.gate.set()
+        assert await outbox.drain(5)
+        return [name for name, _ in calls.arrived]
+
+    assert asyncio.run(scenario()) == [
+        *["SendTelemetryMessage"] * 2,
+        "SendModelUpdate",
+        "SendModelMetric",
+        "SendTelemetryMessage",
+    ]
+
+
 def test_records_beyond_the_bound_are_dropped_and_counted(caplog):
     async def scenario():
         calls = FakeCalls()
         calls.gate.clear()
-        outbox = Outbox(calls, max_records=2)
+        outbox = box(calls, bounds={MessageClass.METRIC: Bound(records=2, bytes=1 << 20)})
         tickets = [outbox.put(*metric(str(n)), task_id="t") for n in range(4)]
         kept = outbox.put(MessageKind.UPDATE, pb.ModelUpdate(), task_id="t")
         with pytest.raises(TransportError, match="full"):
@@ -138,7 +234,7 @@ def test_a_long_burst_waits_for_the_link_and_arrives_whole_and_in_order():
     async def scenario():
         calls = FakeCalls()
         calls.gate.clear()
-        outbox = Outbox(calls)
+        outbox = box(calls)
         for step in range(120_000):
             outbox.put(*metric(str(step)), task_id="t")
         calls.gate.set()
@@ -153,7 +249,7 @@ def test_a_long_burst_waits_for_the_link_and_arrives_whole_and_in_order():
 def test_records_are_bounded_by_their_bytes_as_well():
     async def scenario():
         calls = FakeCalls()
-        outbox = Outbox(calls, max_record_bytes=250)
+        outbox = box(calls, bounds={MessageClass.METRIC: Bound(records=9, bytes=250)})
         tickets = [outbox.put(*metric("x" * 100), task_id="t") for _ in range(4)]
         assert [ticket.refused for ticket in tickets] == [False, False, True, True]
         assert await outbox.drain(1)
@@ -166,7 +262,7 @@ def test_records_are_bounded_by_their_bytes_as_well():
 
 def test_a_bug_with_one_message_settles_it_and_the_others_go_on(caplog):
     async def scenario():
-        outbox = Outbox(FakeCalls(RuntimeError("odd")))
+        outbox = box(FakeCalls(RuntimeError("odd")))
         odd = outbox.put(*metric("a"), task_id="t")
         await outbox.put(*metric("b"), task_id="t").delivered()
         with pytest.raises(TransportError, match="RuntimeError: odd"):
@@ -182,7 +278,7 @@ def test_records_can_be_given_up_and_results_stay():
     async def scenario():
         calls = FakeCalls()
         calls.gate.clear()
-        outbox = Outbox(calls)
+        outbox = box(calls)
         first = outbox.put(*metric("a"), task_id="t")
         outbox.put(*metric("b"), task_id="t")
         update = outbox.put(MessageKind.UPDATE, pb.ModelUpdate(model_id="u"), task_id="t")
@@ -207,7 +303,7 @@ def test_closing_says_what_is_lost_and_wakes_who_waits(caplog):
     async def scenario():
         calls = FakeCalls()
         calls.gate.clear()
-        outbox = Outbox(calls)
+        outbox = box(calls)
         ticket = outbox.put(*metric("a"), task_id="t")
         waiting = asyncio.create_task(ticket.delivered())
         assert not await outbox.drain(0.01)

@@ -1,0 +1,121 @@
+"""What the journal knows of tasks, so that each is reported once, also when the client is killed meanwhile."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from typing import TYPE_CHECKING, Any, Final
+
+from scaleout_mp.supervisor.taskbook import REMEMBERED, TaskStatus
+from scaleout_mp.wire import edge_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from scaleout_mp.transport.journal import Journal
+
+_RECEIVED: Final = (
+    "INSERT INTO tasks(correlation_id, number, state, request)"
+    " SELECT ?, coalesce(max(number), 0) + 1, ?, ? FROM tasks WHERE true"
+    " ON CONFLICT(correlation_id) DO NOTHING"
+)
+_RESULT: Final = "UPDATE tasks SET state = ?, result = ? WHERE correlation_id = ?"
+_SENT: Final = "UPDATE tasks SET state = ?, result = '' WHERE correlation_id = ?"
+_REFUSED: Final = "UPDATE tasks SET error = ? WHERE correlation_id = ?"
+_ENDED: Final = "UPDATE tasks SET state = ?, result = '', status = ?, response = ? WHERE correlation_id = ?"
+_TOLD: Final = "UPDATE tasks SET state = ?, request = x'', status = ?, response = ? WHERE correlation_id = ?"
+_FORGET: Final = "DELETE FROM tasks WHERE state = ? AND number <= (SELECT max(number) FROM tasks) - ?"
+_ALL: Final = "SELECT correlation_id, state, request, status, response, result, error FROM tasks ORDER BY number"
+
+
+class TaskStage(enum.StrEnum):
+    """How far a task has come; what a client that starts again has to do for it."""
+
+    #: It was given to us. Whatever it did is lost with its process.
+    RECEIVED = "received"
+    #: Its result is on the disk, the server may not have it.
+    RESULT = "result"
+    #: The message that hands its result over is in the outbox, or has been sent.
+    SENT = "sent"
+    #: Its end is known, and the server may not have heard of it.
+    ENDED = "ended"
+    #: The server has heard of its end.
+    TOLD = "told"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KnownTask:
+    """A task of an earlier run of the client."""
+
+    correlation_id: str
+    stage: TaskStage
+    request: pb.TaskRequest
+    #: Of its end, when that is known.
+    status: str
+    response: str
+    #: Stage RESULT: what the update needs to be sent.
+    result: Mapping[str, Any]
+    #: Why the server refused its result.
+    error: str | None
+
+
+class TaskJournal:
+    """Notes each step of each task. Without a journal nothing is noted, and nothing is known later."""
+
+    def __init__(self, journal: Journal | None) -> None:
+        self._journal = journal
+
+    def received(self, request: pb.TaskRequest) -> None:
+        """Note a task that is to be run."""
+        self._write(_RECEIVED, request.correlation_id, TaskStage.RECEIVED, request.SerializeToString())
+
+    def result_kept(self, correlation_id: str, result: Mapping[str, Any]) -> None:
+        """Note that a task's result is on the disk, and what is needed to hand it over."""
+        self._write(_RESULT, TaskStage.RESULT, json.dumps(result), correlation_id)
+
+    def sent(self, correlation_id: str) -> None:
+        """Note that the message with the result is in the outbox. Call it in the same breath."""
+        self._write(_SENT, TaskStage.SENT, correlation_id)
+
+    def refused(self, correlation_id: str, error: str) -> None:
+        """Note that the server will not take a task's result."""
+        self._write(_REFUSED, error, correlation_id)
+
+    async def ended(self, correlation_id: str, status: TaskStatus, response: str) -> None:
+        """Note how a task ended; returns when that is on the disk, so that no other end can be told."""
+        self.ends(correlation_id, status, response)
+        if self._journal is not None:
+            await self._journal.synced()
+
+    def ends(self, correlation_id: str, status: TaskStatus, response: str) -> None:
+        """Note how a task ended."""
+        self._write(_ENDED, TaskStage.ENDED, status, response, correlation_id)
+
+    def told(self, correlation_id: str, status: TaskStatus, response: str) -> None:
+        """Note that the server has heard of a task's end; of the tasks told, only the last are remembered."""
+        self._write(_TOLD, TaskStage.TOLD, status, response, correlation_id, vital=False)
+        self._write(_FORGET, TaskStage.TOLD, REMEMBERED, vital=False)
+
+    async def known(self) -> list[KnownTask]:
+        """Return the tasks of earlier runs, in the order in which they came."""
+        if self._journal is None:
+            return []
+        return [
+            KnownTask(
+                correlation_id=correlation_id,
+                stage=TaskStage(stage),
+                request=pb.TaskRequest.FromString(request),
+                status=status,
+                response=response,
+                result=json.loads(result or "{}"),
+                error=error,
+            )
+            for correlation_id, stage, request, status, response, result, error in await self._journal.rows(_ALL)
+        ]
+
+    def _write(self, statement: str, *row: Any, vital: bool = True) -> None:
+        if self._journal is not None:
+            # The enums are strings, but not of the type that sqlite3 binds.
+            plain = tuple(str(value) if isinstance(value, enum.Enum) else value for value in row)
+            self._journal.write(statement, plain, vital=vital)

@@ -1,0 +1,251 @@
+"""The journal: batches, order, a full disk, a damaged file."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sqlite3
+
+import pytest
+
+from scaleout_mp.errors import StateError
+from scaleout_mp.transport.backoff import Backoff
+from scaleout_mp.transport.journal import Journal
+from scaleout_mp.transport.lane import HELD
+from scaleout_mp.transport.link import LinkWatch
+from scaleout_mp.transport.message import MessageKind
+from scaleout_mp.transport.outbox import Outbox
+from scaleout_mp.wire import edge_pb2 as pb
+
+INSERT = "INSERT INTO results(id, lane, kind, packed) VALUES(?, '', 'STATUS', ?)"
+COUNT = "SELECT count(*) FROM records"
+
+
+class Calls:
+    """A combiner behind a gate: what arrives, in order."""
+
+    def __init__(self):
+        self.link = LinkWatch()
+        self.gate = asyncio.Event()
+        self.arrived = []
+        self.messages = []
+
+    async def once(self, method, packed):
+        self.messages.append(packed)
+        message = method.request.FromString(packed)
+        if hasattr(message, "model_id"):
+            self.arrived.append(message.model_id)
+        await self.gate.wait()
+
+
+@contextlib.asynccontextmanager
+async def opened(path):
+    journal = Journal(str(path))
+    await journal.open()
+    try:
+        yield journal
+    finally:
+        await journal.aclose()
+
+
+def metric(name):
+    return MessageKind.METRIC, pb.ModelMetric(model_id=str(name))
+
+
+def box(calls, journal):
+    return Outbox(calls, journal, retries=Backoff(first=0.001, jitter=0))
+
+
+async def stored(journal):
+    return (await journal.rows(COUNT))[0][0]
+
+
+async def fill_up(journal):
+    """Have the file take no more than it has: what a full disk looks like to SQLite."""
+    await journal.rows("PRAGMA max_page_count=1")
+
+
+async def make_room(journal):
+    await journal.rows("PRAGMA max_page_count=1000000")
+
+
+def test_reads_know_all_that_was_written_before_and_batches_are_whole(tmp_path):
+    async def scenario():
+        async with opened(tmp_path / "j") as journal:
+            for number in range(5000):
+                journal.write(INSERT, (number, b"x"), vital=False)
+                if number == 2500:
+                    seen = asyncio.ensure_future(journal.rows("SELECT count(*) FROM results"))
+                    await asyncio.sleep(0)
+            assert await journal.synced()
+            return (await seen)[0][0], (await journal.rows("SELECT count(*) FROM results"))[0][0]
+
+    assert asyncio.run(scenario()) == (2501, 5000)
+
+
+def test_what_was_synced_is_seen_by_another_process_at_once(tmp_path):
+    async def scenario():
+        async with opened(tmp_path / "j") as journal:
+            journal.write(INSERT, (1, b"x"))
+            assert await journal.synced()
+            with contextlib.closing(sqlite3.connect(tmp_path / "j")) as other:
+                return other.execute("SELECT id, packed FROM results").fetchall()
+
+    assert asyncio.run(scenario()) == [(1, b"x")]
+
+
+def test_a_message_that_arrives_at_once_is_never_written(tmp_path):
+    async def scenario():
+        calls = Calls()
+        calls.gate.set()
+        async with opened(tmp_path / "j") as journal:
+            outbox = box(calls, journal)
+            for step in range(100):
+                await outbox.put(*metric(step), task_id="t").delivered()
+            inserted = await journal.rows("SELECT total_changes()")
+            await outbox.aclose()
+            return len(calls.arrived), inserted
+
+    arrived, inserted = asyncio.run(scenario())
+    assert arrived == 100
+    # Each takes a fraction of the time in which the journal gathers what it writes.
+    assert inserted[0][0] < 20
+
+
+def test_many_records_wait_on_the_disk_and_arrive_in_order(tmp_path):
+    count = 3 * HELD
+
+    async def scenario():
+        calls = Calls()
+        async with opened(tmp_path / "j") as journal:
+            outbox = box(calls, journal)
+            for step in range(count):
+                outbox.put(*metric(step), task_id="t")
+            update = outbox.put(MessageKind.UPDATE, pb.ModelUpdate(model_id="u"), task_id="t")
+            in_memory = len(outbox._lanes["t"].unsettled())
+            assert await stored(journal) == count
+            calls.gate.set()
+            await update.delivered()
+            await outbox.put(*metric("after"), task_id="t").delivered()
+            assert await outbox.drain(5)
+            assert await stored(journal) == 0
+            assert outbox._stock.total == 0
+            await outbox.aclose()
+        return in_memory, calls.arrived
+
+    in_memory, arrived = asyncio.run(scenario())
+    assert in_memory <= HELD + 1
+    assert arrived == [*map(str, range(count)), "u", "after"]
+
+
+def test_what_an_earlier_run_left_goes_first_and_byte_for_byte(tmp_path):
+    async def first_run():
+        async with opened(tmp_path / "j") as journal:
+            outbox = box(Calls(), journal)
+            tickets = [outbox.put(*metric(step), task_id="t") for step in range(HELD + 100)]
+            tickets.append(outbox.put(MessageKind.UPDATE, pb.ModelUpdate(model_id="u"), task_id="t"))
+            tickets.append(outbox.put(MessageKind.TELEMETRY, pb.TelemetryMessage(client_id="c")))
+            await journal.synced()
+            await outbox.aclose()
+            return [ticket.packed for ticket in tickets]
+
+    async def next_run():
+        calls = Calls()
+        async with opened(tmp_path / "j") as journal:
+            outbox = box(calls, journal)
+            assert await outbox.load() == HELD + 102
+            assert outbox.counts.pending == HELD + 102
+            outbox.put(*metric("new"), task_id="t")
+            calls.gate.set()
+            assert await outbox.drain(10)
+            assert outbox._stock.total == 0
+            await outbox.aclose()
+        return calls
+
+    put = asyncio.run(first_run())
+    calls = asyncio.run(next_run())
+    assert calls.arrived == [*map(str, range(HELD + 100)), "u", "new"]
+    assert set(put) < set(calls.messages)
+
+
+def test_a_full_disk_costs_records_that_memory_cannot_hold_and_nothing_else(tmp_path, caplog):
+    async def scenario():
+        calls = Calls()
+        async with opened(tmp_path / "j") as journal:
+            outbox = box(calls, journal)
+            await fill_up(journal)
+            for step in range(HELD + 500):
+                outbox.put(*metric(step), task_id="t")
+            update = outbox.put(MessageKind.UPDATE, pb.ModelUpdate(model_id="u"), task_id="t")
+            await journal.synced()
+            for _ in range(10):
+                outbox.put(*metric("late" * 1000), task_id="t")
+            await journal.synced()
+            calls.gate.set()
+            await asyncio.wait_for(update.delivered(), 10)
+            assert await outbox.drain(5)
+            dropped = outbox.take_dropped("t")
+            await outbox.aclose()
+        return calls.arrived, dropped, outbox.counts
+
+    arrived, dropped, counts = asyncio.run(scenario())
+    assert arrived[: HELD + 1] == [*map(str, range(HELD)), "u"]
+    # What came later found room in memory again.
+    assert dropped == counts.dropped == 500
+    assert counts.pending == 0
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert "full" in warnings[0].getMessage()
+
+
+def test_results_that_the_disk_did_not_take_are_written_once_there_is_room(tmp_path, caplog):
+    async def scenario():
+        async with opened(tmp_path / "j") as journal:
+            await fill_up(journal)
+            for number in range(10):
+                journal.write(INSERT, (number, bytes(4096)))
+            assert not await journal.synced()
+            assert not await journal.synced()
+            await make_room(journal)
+            assert await journal.synced()
+            return (await journal.rows("SELECT count(*) FROM results"))[0][0]
+
+    with caplog.at_level(logging.INFO):
+        assert asyncio.run(scenario()) == 10
+    actions = [record.action for record in caplog.records if hasattr(record, "action")]
+    assert actions == ["journal_failing", "journal_recovered"]
+
+
+def test_a_damaged_file_is_put_aside_and_said_so(tmp_path, caplog):
+    path = tmp_path / "journal.db"
+    path.write_bytes(b"this is no database, but long enough to look at" * 200)
+
+    async def scenario():
+        async with opened(path) as journal:
+            journal.write(INSERT, (1, b"x"))
+            return await journal.synced()
+
+    assert asyncio.run(scenario())
+    assert (tmp_path / "journal.db.damaged").read_bytes().startswith(b"this is no database")
+    assert "damaged" in caplog.text
+
+
+def test_a_folder_that_is_not_there_is_a_state_error(tmp_path):
+    async def scenario():
+        await Journal(str(tmp_path / "none" / "j")).open()
+
+    with pytest.raises(StateError, match="cannot be used"):
+        asyncio.run(scenario())
+
+
+def test_a_file_of_a_newer_version_is_left_alone(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "j")) as file:
+        file.execute("PRAGMA user_version=99")
+
+    async def scenario():
+        await Journal(str(tmp_path / "j")).open()
+
+    with pytest.raises(StateError, match="newer"):
+        asyncio.run(scenario())
+    assert not list(tmp_path.glob("*damaged*"))
