@@ -7,6 +7,8 @@ import enum
 import json
 from typing import TYPE_CHECKING, Any, Final
 
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from scaleout_mp.errors import ConfigError
 from scaleout_mp.task import AttributesRecord, MetricRecord, Record, TelemetryRecord
 from scaleout_mp.transport.message import MessageKind
@@ -36,8 +38,6 @@ class TaskType(enum.StrEnum):
 
 CUSTOM_PREFIX: Final = "Custom_"
 
-_EPOCH: Final = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
-
 #: The `type` of status messages, by task type; all others go under their own name.
 _STATUS_TYPES: Final = {TaskType.MODEL_UPDATE: "MODEL_UPDATE", TaskType.VALIDATION: "MODEL_VALIDATION"}
 
@@ -56,10 +56,11 @@ class Moments:
     def __init__(self) -> None:
         self._last = -1
 
-    def of(self, timestamp: float) -> dt.datetime:
-        """Return seconds since the epoch as what protobuf takes for a Timestamp."""
+    def of(self, timestamp: float) -> Timestamp:
+        """Return seconds since the epoch as a message has them."""
         self._last = max(round(timestamp * 1e6), self._last + 1)
-        return _EPOCH + dt.timedelta(microseconds=self._last)
+        seconds, micros = divmod(self._last, 1_000_000)
+        return Timestamp(seconds=seconds, nanos=micros * 1_000)
 
 
 def now() -> dt.datetime:

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 WINDOW: Final = 64
 #: Seconds within which all that waits should be gone, as far as the window allows it.
 _MOMENT: Final = 0.25
+#: Calls in a second that are worth having enough under way for: more keep a core busy, and only hold up polls. And how
+#: many may be under way in any case.
+_RATE: Final = 2_000
+_AT_ONCE: Final = 16
 #: Share of the newest in the mean of round trips.
 _NEWEST: Final = 0.1
 #: Records of a lane that are held in memory; the others lie in the journal until their turn comes.
@@ -38,7 +42,7 @@ PAGE: Final = 2_000
 class Pace:
     """How long calls take. Shared by all lanes of a link."""
 
-    def __init__(self, round_trip: float = 0.02) -> None:
+    def __init__(self, round_trip: float = 0.005) -> None:
         """Assume that a call takes `round_trip` seconds, until it is known."""
         self.round_trip = round_trip
 
@@ -48,7 +52,8 @@ class Pace:
 
     def calls_for(self, pending: int) -> int:
         """Return how many calls at once are enough for that many messages."""
-        return max(1, int(pending * self.round_trip / _MOMENT))
+        enough = max(_AT_ONCE, _RATE * self.round_trip)
+        return max(1, int(min(enough, pending * self.round_trip / _MOMENT)))
 
 
 class Lane:

