@@ -160,6 +160,8 @@ class ExitReport:
     stopped_by: StopStage | None = None
     #: How the process was started: "template" or "spawn".
     start_method: str | None = None
+    #: What confined it, layer by layer: what this machine takes of the level that was asked for.
+    layers: tuple[str, ...] = ()
     #: Name of the worker that ran it, a process that keeps its state between tasks; None: a process of its own.
     worker: str | None = None
     #: What else is worth knowing, such as descendants that had to be killed.
@@ -180,7 +182,7 @@ class ExitReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-serialisable values."""
         fields = dataclasses.asdict(self)
-        fields["notes"] = list(self.notes)
+        fields["notes"], fields["layers"] = list(self.notes), list(self.layers)
         return {key: value.value if isinstance(value, enum.Enum) else value for key, value in fields.items()}
 
     def to_error(self) -> TaskError:

@@ -23,6 +23,7 @@ EXIT_INTERRUPTED: Final = 130
 #: The module of each command, whose function has the same name, and its line in the help.
 _COMMANDS: Final[Mapping[str, str]] = {
     "demo": "Watch a federated session survive tasks that misbehave.",
+    "doctor": "Say what this machine offers for confining tasks, and how to get more.",
     "localnet": "Start a local Scaleout Edge network.",
 }
 

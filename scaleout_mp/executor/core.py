@@ -101,6 +101,11 @@ class ExecutorCore:
             await self._let_go()
             raise
 
+    @property
+    def missing_layers(self) -> tuple[str, ...]:
+        """What this machine refuses of the level that was asked for, and why: one sentence each."""
+        return self._launcher.missing_layers
+
     def _find_groups(self) -> None:
         try:
             self._groups = MemoryGroups.find()

@@ -299,6 +299,7 @@ class Execution:
         try:
             started = await child.started
             self._evidence.start_method = started.method
+            self._evidence.layers = started.layers if self._group is None else (*started.layers, self._group.NAME)
             if self._life.state is TaskState.STARTING:
                 self._advance(TaskState.RUNNING)
             self._watch_process(watches, started.pid)

@@ -58,6 +58,11 @@ class Child:
 class Launcher(Protocol):
     """Starts the processes of tasks. All methods are called on one event loop, by `ExecutorCore`."""
 
+    @property
+    def missing_layers(self) -> tuple[str, ...]:
+        """What confinement is asked for and cannot be had, and why: one sentence each. Known once it is open."""
+        ...
+
     async def open(self) -> None:
         """Get ready. Called once, before the first start."""
         ...

@@ -37,6 +37,7 @@ class Evidence:
     wall_seconds: float = 0.0
     last_step: int | None = None
     start_method: str | None = None
+    layers: tuple[str, ...] = ()
     stop: StopCause | None = None
     stopped_by: StopStage | None = None
     has_result: bool = False
@@ -109,6 +110,7 @@ def make_report(seen: Evidence) -> ExitReport:
         stderr_tail=seen.stderr_tail,
         stopped_by=seen.stopped_by,
         start_method=seen.start_method,
+        layers=seen.layers,
         worker=seen.worker,
         notes=_notes(seen, reason, code),
     )

@@ -272,6 +272,15 @@ class TaskExecutor:
             return None
         return WorkerOptions(name=call.name if worker is None else worker).spec()
 
+    @property
+    def missing_layers(self) -> tuple[str, ...]:
+        """What this machine refuses of the level that was asked for, and why: one sentence each.
+
+        What is in force instead is in the report of each task.
+        """
+        self._open()
+        return self._core.missing_layers
+
     def shutdown(self, *, abort: bool = False) -> None:
         """Wait for running tasks, or abort them first, and end the template. Later calls do nothing."""
         with self._lock:

@@ -62,6 +62,8 @@ class _Life:
     children: dict[str, Child]
     #: What its tasks have on, of `sandbox.layers`.
     layers: tuple[str, ...] = ()
+    #: What this machine refuses of the level.
+    missing: tuple[str, ...] = ()
     closing: bool = False
     #: It hung in user code.
     abandoned: bool = False
@@ -98,6 +100,11 @@ class TemplateLauncher:
     def pid(self) -> int | None:
         """The template's pid while it lives."""
         return None if self._life is None else self._life.process.pid
+
+    @property
+    def missing_layers(self) -> tuple[str, ...]:
+        """What this machine refuses of the level, and why: one sentence each."""
+        return () if self._life is None else self._life.missing
 
     async def open(self) -> None:
         """Start the template and wait until it has preloaded."""
@@ -185,12 +192,12 @@ class TemplateLauncher:
             raise ProtocolViolation(f"the template sent a {frame.kind.name} that does not fit: {error}") from error
 
     def _on_ready(
-        self, life: _Life, fatal: str | None, problems: list[str], unforkable: str | None, layers: list[str]
+        self, life: _Life, fatal: str | None, problems: list[str], unforkable: str | None, layers: dict[str, list[str]]
     ) -> None:
-        life.layers = tuple(layers)
+        life.layers, life.missing = tuple(layers["in_force"]), tuple(layers["missing"])
         if fatal is not None and not life.ready.done():
             life.ready.set_exception(LauncherError(f"no task can run here: {fatal}"))
-        for problem in problems:
+        for problem in [*life.missing, *problems]:
             if problem not in self._said:
                 self._said.add(problem)
                 logger.warning("template: %s", problem, extra={"action": "template_problem"})

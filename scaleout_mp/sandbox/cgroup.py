@@ -37,6 +37,9 @@ class MemoryUse:
 class MemoryGroup(Protocol):
     """The group of one task."""
 
+    #: As reports name it.
+    NAME: str
+
     @property
     def procs(self) -> str:
         """The file into which a process writes "0" to join."""
@@ -83,6 +86,8 @@ def _remove(folder: str) -> None:
 
 
 class _GroupV2:
+    NAME = "memory cgroup of version 2"
+
     def __init__(self, folder: str, limit: int) -> None:
         self._folder = folder
         os.mkdir(folder)
@@ -117,6 +122,8 @@ class _GroupV2:
 
 
 class _GroupV1:
+    NAME = "memory cgroup of version 1"
+
     def __init__(self, folder: str, limit: int) -> None:
         self._folder = folder
         os.mkdir(folder)

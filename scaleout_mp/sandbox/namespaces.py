@@ -28,6 +28,7 @@ class Namespace(enum.IntFlag):
     MOUNT = 0x00020000
     IPC = 0x08000000
     USER = 0x10000000
+    PID = 0x20000000
     NETWORK = 0x40000000
 
 
@@ -57,6 +58,11 @@ def enter_own_network() -> None:
 def enter_own_ipc() -> None:
     """See no System V memory, queues and semaphores, and no POSIX queues, of processes outside. Raises OSError."""
     _unshare(Namespace.IPC)
+
+
+def enter_own_pids() -> None:
+    """Have the next child be the first process of a namespace of pids. Raises OSError."""
+    _unshare(Namespace.PID)
 
 
 def enter_own_mounts() -> None:

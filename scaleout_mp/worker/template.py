@@ -144,15 +144,16 @@ class Template:
         self._preparation = prepare(Rules.from_fields(rules), [self._supervisor, os.getppid()])
         # Changes of privileges may undo it.
         process.die_with_parent(os.getppid())
-        problems = list(self._preparation.missing)
+        problems = []
         if not spawn and fatal is None:
             for module in preload:
                 try:
                     importlib.import_module(module)
                 except BaseException as error:  # noqa: BLE001 - a preload is a courtesy; the supervisor logs it
                     problems.append(f"cannot preload {module}: {type(error).__name__}: {error}")
-        in_force = [layer.value for layer in self._preparation.in_force]
-        self._channel.send(frames.encode(Kind.READY, fatal, problems, self._check_forkable(), in_force))
+        preparation = self._preparation
+        confined = {"in_force": list(preparation.in_force), "missing": list(preparation.missing)}
+        self._channel.send(frames.encode(Kind.READY, fatal, problems, self._check_forkable(), confined))
 
     def _load(self, key: str, pickled: bytes) -> None:
         # It was forked before this callable was there.
