@@ -58,6 +58,15 @@ class Settings:
     grpc_secure: bool | None = None
     #: SCALEOUT_GRPC_ROOT_CERT_PATH: PEM file.
     grpc_root_cert_path: str | None = None
+    #: SCALEOUT_MP_API_ROOT_CERT_PATH: PEM file for the REST API; None: what requests uses, REQUESTS_CA_BUNDLE included.
+    api_root_cert_path: str | None = None
+    #: SCALEOUT_MP_CLIENT_CERT_PATH and SCALEOUT_MP_CLIENT_KEY_PATH: PEM files, for servers that want to know clients.
+    client_cert_path: str | None = None
+    client_key_path: str | None = None
+    #: SCALEOUT_TOKEN_CACHE_DIR; None: `tokens` in the user's state folder.
+    token_cache_dir: str | None = None
+    #: SCALEOUT_PERSIST_TOKENS: keep refresh tokens that the server replaced.
+    persist_tokens: bool = True
     #: SCALEOUT_CUSTOM_URL_PREFIX: path put between host and /api.
     url_prefix: str = ""
     #: SCALEOUT_GRACEFUL_GRPC_HANDLING: announce Connect and Disconnect.
@@ -76,6 +85,19 @@ class Settings:
     #: SCALEOUT_MP_CLIENT_VERSION: the client version presented to the server.
     client_version: str = PROTOCOL_VERSION
 
+    def __post_init__(self) -> None:
+        if (self.client_cert_path is None) != (self.client_key_path is None):
+            raise ConfigError(
+                "SCALEOUT_MP_CLIENT_CERT_PATH and SCALEOUT_MP_CLIENT_KEY_PATH go together: set both or none"
+            )
+
+    @property
+    def client_certificate(self) -> tuple[str, str] | None:
+        """The files of the client's certificate and key, when there are any."""
+        if self.client_cert_path is None or self.client_key_path is None:
+            return None
+        return self.client_cert_path, self.client_key_path
+
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
         """Read the settings from `environ` (default: os.environ); keyword arguments win.
@@ -88,6 +110,11 @@ class Settings:
             "verify_api_certificates": _flag(env, "SCALEOUT_CONNECT_API_SECURE", default=True),
             "grpc_secure": _optional_flag(env, "SCALEOUT_GRPC_SECURE"),
             "grpc_root_cert_path": env.get("SCALEOUT_GRPC_ROOT_CERT_PATH") or None,
+            "api_root_cert_path": env.get("SCALEOUT_MP_API_ROOT_CERT_PATH") or None,
+            "client_cert_path": env.get("SCALEOUT_MP_CLIENT_CERT_PATH") or None,
+            "client_key_path": env.get("SCALEOUT_MP_CLIENT_KEY_PATH") or None,
+            "token_cache_dir": env.get("SCALEOUT_TOKEN_CACHE_DIR") or None,
+            "persist_tokens": _flag(env, "SCALEOUT_PERSIST_TOKENS", default=True),
             "url_prefix": env.get("SCALEOUT_CUSTOM_URL_PREFIX", ""),
             "announce": _flag(env, "SCALEOUT_GRACEFUL_GRPC_HANDLING", default=True),
             "check_version": _flag(env, "SCALEOUT_CHECK_COMPATIBILITY", default=True),

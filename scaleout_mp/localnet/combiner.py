@@ -13,13 +13,14 @@ import grpc.aio
 
 from scaleout_mp.errors import LocalNetworkError, ModelFormatError, ModelNotFoundError
 from scaleout_mp.localnet.combiner_calls import CombinerCalls
-from scaleout_mp.localnet.faults import Fault, FaultPlan
 from scaleout_mp.localnet.model_calls import ModelCalls, serialize_chunk
 from scaleout_mp.wire import methods
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection
 
+    from scaleout_mp.localnet.certificates import ServerTls
+    from scaleout_mp.localnet.faults import Fault, FaultPlan
     from scaleout_mp.localnet.parts import NetworkParts
     from scaleout_mp.wire.methods import Method
 
@@ -57,6 +58,12 @@ def _why_not(host: str, port: int) -> str:
     return "gRPC refuses it"
 
 
+def _credentials(tls: ServerTls) -> grpc.ServerCredentials:
+    pair = tls.own.key.read_bytes(), tls.own.certificate.read_bytes()
+    roots = None if tls.clients_from is None else tls.clients_from.read_bytes()
+    return grpc.ssl_server_credentials([pair], root_certificates=roots, require_client_auth=roots is not None)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
     """One call, as its behaviour sees it."""
@@ -72,8 +79,16 @@ class Call:
 class Combiner:
     """Serves the calls of `scaleout_mp.wire.methods` on the network's loop."""
 
-    def __init__(self, parts: NetworkParts, *, accepted_versions: Collection[str] | None) -> None:
-        self.faults = FaultPlan()
+    def __init__(
+        self,
+        parts: NetworkParts,
+        *,
+        faults: FaultPlan,
+        accepted_versions: Collection[str] | None,
+        tls: ServerTls | None = None,
+    ) -> None:
+        self._faults = faults
+        self._tls = tls
         #: The port that is listened on, once started.
         self.port = 0
         self._parts = parts
@@ -103,8 +118,12 @@ class Combiner:
         """Listen on `port`; 0: any free one."""
         server = grpc.aio.server(options=_OPTIONS)
         server.add_generic_rpc_handlers(self._handlers())
+        address = f"{host}:{port}"
         try:
-            self.port = server.add_insecure_port(f"{host}:{port}")
+            if self._tls is None:
+                self.port = server.add_insecure_port(address)
+            else:
+                self.port = server.add_secure_port(address, _credentials(self._tls))
         except RuntimeError as error:
             raise LocalNetworkError(f"cannot serve the combiner on {host}:{port}: {_why_not(host, port)}") from error
         await server.start()
@@ -172,7 +191,7 @@ class Combiner:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the access token is missing, wrong or expired")
         client_id = str(metadata.get("client-id") or metadata.get("client") or "")
         self._parts.registry.seen(client_id)
-        fault = self.faults.take(method.name, client_id)
+        fault = self._faults.take(method.name, client_id)
         if fault is not None:
             if fault.delay:
                 await asyncio.sleep(fault.delay)

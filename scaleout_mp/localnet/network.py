@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,13 +12,14 @@ from scaleout_mp.errors import LocalNetworkError
 from scaleout_mp.localnet.aggregation import helper_name
 from scaleout_mp.localnet.combiner import Combiner
 from scaleout_mp.localnet.event_log import EventLog
+from scaleout_mp.localnet.faults import FaultPlan
 from scaleout_mp.localnet.model_files import ModelFiles
 from scaleout_mp.localnet.parts import NetworkParts
 from scaleout_mp.localnet.registry import DEFAULT_LOST_AFTER, ClientInfo, ClientRegistry, ClientState
 from scaleout_mp.localnet.rest import ANY_ADDRESS, RestApi
 from scaleout_mp.localnet.session import Session, wait_for_clients
 from scaleout_mp.localnet.tasks import IssuedTask, TaskBook
-from scaleout_mp.localnet.tokens import DEFAULT_LIFETIME, Tokens
+from scaleout_mp.localnet.tokens import DEFAULT_LIFETIME, LONG_LIFETIME, TokenKind, Tokens
 from scaleout_mp.model import ScaleoutModel
 
 if TYPE_CHECKING:
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
     from types import TracebackType
 
+    from scaleout_mp.localnet.certificates import ServerTls
     from scaleout_mp.localnet.events import Event
-    from scaleout_mp.localnet.faults import FaultPlan
     from scaleout_mp.localnet.results import SessionPlan, SessionResult
     from scaleout_mp.wire import edge_pb2 as pb
 
@@ -47,15 +49,21 @@ class LocalNetwork:
         api_port: int = 0,
         combiner_port: int = 0,
         token: str | None = None,
-        token_lifetime: int = DEFAULT_LIFETIME,
+        auth: bool | None = None,
+        token_lifetime: float = DEFAULT_LIFETIME,
+        tls: ServerTls | None = None,
+        wall_clock: Callable[[], float] = time.time,
         accepted_versions: Collection[str] | None = None,
         lost_after: float = DEFAULT_LOST_AFTER,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         """Prepare a network; `start` opens its ports (0: any free one).
 
-        token: what clients must give as their token; None lets everybody in.
+        token: what clients must give as their token; None lets everybody in, unless `auth` is true.
+        auth: whether clients must have a token at all; `issue_token` makes them.
         token_lifetime: seconds that an access token is good for.
+        tls: certificates; without them neither API nor combiner speaks TLS.
+        wall_clock: seconds since the epoch, by which tokens end.
         accepted_versions: client versions that may join; None accepts all.
         lost_after: seconds of silence after which a client counts as lost and its tasks as failed.
         on_event: called on the loop with every event.
@@ -76,15 +84,20 @@ class LocalNetwork:
             ),
             book=book,
             models=ModelFiles(self.folder / "models"),
-            tokens=Tokens(token, lifetime=token_lifetime),
+            tokens=Tokens(token, required=auth, lifetime=token_lifetime, clock=wall_clock),
         )
+        #: Faults that the calls of the combiner and of the REST API are to have.
+        self.faults = FaultPlan()
+        self._tls = tls
         self._rest = RestApi(
             registry=self._parts.registry,
             tokens=self._parts.tokens,
             log=self.events,
+            faults=self.faults,
             accepted_versions=accepted_versions,
+            tls=tls,
         )
-        self._combiner = Combiner(self._parts, accepted_versions=accepted_versions)
+        self._combiner = Combiner(self._parts, faults=self.faults, accepted_versions=accepted_versions, tls=tls)
         self._watch: asyncio.Task[None] | None = None
         self._session: Session | None = None
         self._session_task: asyncio.Task[SessionResult] | None = None
@@ -133,7 +146,7 @@ class LocalNetwork:
     def api_url(self) -> str:
         """The URL that clients connect to."""
         host = "127.0.0.1" if self._host in ANY_ADDRESS else self._host
-        return f"http://{host}:{self._rest.port}"
+        return f"{'http' if self._tls is None else 'https'}://{host}:{self._rest.port}"
 
     @property
     def combiner_address(self) -> str:
@@ -141,10 +154,13 @@ class LocalNetwork:
         host = "127.0.0.1" if self._host in ANY_ADDRESS else self._host
         return f"{host}:{self._combiner.port}"
 
-    @property
-    def faults(self) -> FaultPlan:
-        """Faults that the combiner's calls are to have."""
-        return self._combiner.faults
+    def issue_token(self, kind: TokenKind, *, client_id: str = "", lifetime: float = LONG_LIFETIME) -> str:
+        """Return a new token to hand out, good for `lifetime` seconds."""
+        return self._parts.tokens.issue(kind, client_id=client_id, lifetime=lifetime)
+
+    def revoke_token(self, token: str) -> None:
+        """Take a token back, and what came of it. Raises AuthenticationError when it is not ours."""
+        self._parts.tokens.revoke(token)
 
     def clients(self) -> tuple[ClientInfo, ...]:
         """Return every client that ever came, as it is now."""

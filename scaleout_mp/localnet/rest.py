@@ -1,25 +1,35 @@
-"""The REST side of a local network: assignment of clients and access tokens."""
+"""The REST side of a local network: assignment of clients, their tokens, signatures of models."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import ssl
 import uuid
 from typing import TYPE_CHECKING, Any, Final
 
-from scaleout_mp.errors import LocalNetworkError
-from scaleout_mp.localnet.events import ClientAssigned, ClientRefused
+from scaleout_mp.errors import AuthenticationError, LocalNetworkError
+from scaleout_mp.localnet.events import ClientAssigned, ClientEnrolled, ClientRefused, TokenRefreshed, TokenRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Awaitable, Callable, Collection
 
     from aiohttp import web
 
+    from scaleout_mp.localnet.certificates import ServerTls
     from scaleout_mp.localnet.event_log import EventLog
+    from scaleout_mp.localnet.faults import FaultPlan
     from scaleout_mp.localnet.registry import ClientRegistry
-    from scaleout_mp.localnet.tokens import Tokens
+    from scaleout_mp.localnet.tokens import Grant, Tokens
+
+    Behaviour = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 #: The answer to a client that wants a compute package from a network that has none.
 HTTP_PACKAGE_MISSING: Final = 203
+
+#: Seconds that clients have to close their connections, and between two looks.
+_HANG_UP_WITHIN: Final = 0.2
+_LOOK_AGAIN: Final = 0.01
 
 ANY_ADDRESS: Final = frozenset({"0.0.0.0", "::", "[::]", ""})  # noqa: S104 - recognised, not bound
 
@@ -42,10 +52,16 @@ class RestApi:
         registry: ClientRegistry,
         tokens: Tokens,
         log: EventLog,
+        faults: FaultPlan,
         accepted_versions: Collection[str] | None,
+        tls: ServerTls | None = None,
     ) -> None:
-        """`accepted_versions`: client versions that may join; None: all."""
+        """`accepted_versions`: client versions that may join; None: all. `tls`: serve https."""
         self._web = import_web()
+        self._faults = faults
+        self._tls = tls
+        #: Model signatures as they were posted, by model id.
+        self._signatures: dict[str, dict[str, Any]] = {}
         self._registry = registry
         self._tokens = tokens
         self._log = log
@@ -62,13 +78,21 @@ class RestApi:
         """Listen on `port` (0: any free one) and assign clients to the combiner."""
         self._combiner_host, self._combiner_port = combiner_host, combiner_port
         app = self._web.Application()
-        app.router.add_post("/api/v1/clients/add", self._add_client)
-        app.router.add_post("/api/auth/refresh", self._refresh)
-        app.router.add_post("/api/v1/clients/token", self._refresh)
+        for path, behaviour in (
+            ("/api/v1/clients/add", self._add_client),
+            ("/api/v1/clients/enroll", self._enroll),
+            ("/api/auth/refresh", self._refresh),
+            ("/api/v1/clients/token", self._refresh),
+            ("/api/v1/model-signatures/", self._post_signature),
+        ):
+            name = path.strip("/").removeprefix("api/").removeprefix("v1/")
+            app.router.add_post(path, self._faulty(name, behaviour))
+        app.router.add_get("/api/v1/model-signatures/{model_id}", self._faulty("model-signatures", self._get_signature))
         self._runner = self._web.AppRunner(app, access_log=None)
         await self._runner.setup()
         try:
-            await self._web.TCPSite(self._runner, host, port).start()
+            context = None if self._tls is None else server_context(self._tls)
+            await self._web.TCPSite(self._runner, host, port, ssl_context=context).start()
         except OSError as error:
             await self.aclose()
             raise LocalNetworkError(f"cannot serve the API on {host}:{port}: {error.strerror}") from error
@@ -76,16 +100,16 @@ class RestApi:
 
     async def aclose(self) -> None:
         """Stop to listen."""
-        if self._runner is not None:
-            await self._runner.cleanup()
-            self._runner = None
+        runner, self._runner = self._runner, None
+        if runner is None:
+            return
+        if self._tls is not None and runner.server is not None:
+            await _hang_up(runner.server)
+        await runner.cleanup()
 
     async def _add_client(self, request: web.Request) -> web.Response:
-        try:
-            body = await request.json()
-        except ValueError:
-            body = None
-        if not isinstance(body, dict):
+        body = await _object_of(request)
+        if not body:
             return self._refuse("", 400, "the request is not a JSON object")
         name = str(body.get("name") or "")
         version = str(body.get("client_version") or "")
@@ -108,7 +132,7 @@ class RestApi:
                 "port": self._combiner_port,
                 "package": body.get("package", "local"),
                 "helper_type": self.helper_type,
-                "grpc_secure": False,
+                "grpc_secure": self._tls is not None,
             },
         )
 
@@ -129,16 +153,69 @@ class RestApi:
         return None
 
     async def _refresh(self, request: web.Request) -> web.Response:
-        try:
-            body = await request.json()
-        except ValueError:
-            body = None
-        token = body.get("refresh_token") if isinstance(body, dict) else None
+        body = await _object_of(request)
+        token = body.get("refresh_token")
         if not isinstance(token, str) or not token:
             return self._answer(400, {"message": "refresh_token is missing"})
-        if not self._tokens.accepts_refresh(token):
-            return self._answer(401, {"message": "the refresh token is not valid"})
-        return self._answer(200, {"access_token": self._tokens.issue(), "expires_in": self._tokens.lifetime})
+        try:
+            grant = self._tokens.exchange(token)
+        except AuthenticationError as error:
+            return self._refuse_token(error)
+        self._log.emit(TokenRefreshed(client_id=grant.client_id, rotated=grant.refresh is not None))
+        return self._answer(200, self._granted(grant))
+
+    async def _enroll(self, request: web.Request) -> web.Response:
+        body = await _object_of(request)
+        client_id = str(body.get("client_id") or uuid.uuid4())
+        name = str(body.get("name") or client_id)
+        try:
+            grant = self._tokens.enroll(request.headers.get("Authorization", "").partition(" ")[2], client_id)
+        except AuthenticationError as error:
+            return self._refuse_token(error)
+        self._log.emit(ClientEnrolled(client_id=client_id, name=name))
+        return self._answer(200, {"client_id": client_id, **self._granted(grant)})
+
+    def _granted(self, grant: Grant) -> dict[str, Any]:
+        rotated = {} if grant.refresh is None else {"refresh_token": grant.refresh}
+        return {"access_token": grant.access, "expires_in": self._tokens.lifetime, **rotated}
+
+    def _refuse_token(self, error: AuthenticationError) -> web.Response:
+        self._log.emit(TokenRefused(reason=str(error)))
+        return self._answer(401, {"message": str(error)})
+
+    async def _post_signature(self, request: web.Request) -> web.Response:
+        if not self._tokens.accepts(request.headers.get("Authorization")):
+            return self._answer(401, {"message": "the access token is missing, wrong or expired"})
+        body = await _object_of(request)
+        fields = {name: body.get(name) for name in ("model_id", "algorithm", "signature")}
+        missing = [name for name, value in fields.items() if not isinstance(value, str) or not value]
+        if missing:
+            return self._answer(400, {"message": f"{', '.join(missing)} missing"})
+        self._signatures[str(fields["model_id"])] = body
+        return self._answer(201, body)
+
+    async def _get_signature(self, request: web.Request) -> web.Response:
+        if not self._tokens.accepts(request.headers.get("Authorization")):
+            return self._answer(401, {"message": "the access token is missing, wrong or expired"})
+        found = self._signatures.get(request.match_info["model_id"])
+        return self._answer(404, {"message": "no signature"}) if found is None else self._answer(200, found)
+
+    def _faulty(self, name: str, behaviour: Behaviour) -> Behaviour:
+        """Return a behaviour with the faults that are planned for calls of this name."""
+
+        async def call(request: web.Request) -> web.StreamResponse:
+            fault = self._faults.take(name, "")
+            if fault is None:
+                return await behaviour(request)
+            await asyncio.sleep(fault.delay)
+            status = 503 if fault.status is None and fault.code is not None else fault.status
+            if not fault.after:
+                return await behaviour(request) if status is None else self._answer(status, {"message": fault.details})
+            await behaviour(request)
+            # As a proxy answers that lost touch with the server.
+            return self._answer(status or 504, {"message": fault.details})
+
+        return call
 
     def _refuse(self, name: str, status: int, reason: str) -> web.Response:
         self._log.emit(ClientRefused(name=name, http_status=status, reason=reason))
@@ -149,3 +226,41 @@ class RestApi:
             status=status, text=json.dumps(body), content_type="application/json"
         )
         return response
+
+
+async def _hang_up(server: web.Server) -> None:
+    """End the connections that clients leave open.
+
+    With TLS that takes several turns of the loop, and a loop that ends in between leaks them.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _HANG_UP_WITHIN
+    while server.connections and loop.time() < deadline:  # noqa: ASYNC110 - aiohttp tells nobody
+        await asyncio.sleep(_LOOK_AGAIN)
+    for connection in server.connections:
+        if connection.transport is not None:
+            connection.transport.abort()
+    # One turn for the connection, one for what is below it.
+    await asyncio.sleep(_LOOK_AGAIN)
+
+
+async def _object_of(request: web.Request) -> dict[str, Any]:
+    """Return the JSON object that was sent; empty when it was none."""
+    try:
+        body = await request.json()
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def server_context(tls: ServerTls) -> ssl.SSLContext:
+    """Return what serves TLS with these files; LocalNetworkError when they are no good."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(tls.own.certificate, tls.own.key)
+        if tls.clients_from is not None:
+            context.load_verify_locations(tls.clients_from)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except OSError as error:
+        raise LocalNetworkError(f"cannot use the certificates at {tls.own.certificate}: {error}") from error
+    return context

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from scaleout_mp.errors import LocalNetworkError
 from scaleout_mp.localnet.network import LocalNetwork
+from scaleout_mp.localnet.tokens import LONG_LIFETIME, TokenKind
 
 if TYPE_CHECKING:
     import os
@@ -151,8 +152,16 @@ class LocalNetworkThread:
 
     @property
     def faults(self) -> FaultPlan:
-        """Faults that the combiner's calls are to have."""
+        """Faults that the calls of the combiner and of the REST API are to have."""
         return self.network.faults
+
+    def issue_token(self, kind: TokenKind, *, client_id: str = "", lifetime: float = LONG_LIFETIME) -> str:
+        """Return a new token to hand out, good for `lifetime` seconds."""
+        return self._run(lambda: self.network.issue_token(kind, client_id=client_id, lifetime=lifetime))
+
+    def revoke_token(self, token: str) -> None:
+        """Take a token back, and what came of it. Raises AuthenticationError when it is not ours."""
+        self._run(lambda: self.network.revoke_token(token))
 
     def lines(self) -> list[str]:
         """Return one line for every event that people want to see."""

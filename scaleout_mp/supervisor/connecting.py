@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
@@ -11,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 from scaleout_mp.client import ConnectToApiResult, GrpcConnectionOptions
 from scaleout_mp.errors import CallError, ConfigError, TransportError
 from scaleout_mp.transport.rest import Assignment
+from scaleout_mp.wire import methods
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from scaleout_mp.client import EdgeClient
     from scaleout_mp.config import Settings
     from scaleout_mp.transport.calls import CombinerCalls
     from scaleout_mp.transport.rest import AssignmentAnswer
+    from scaleout_mp.wire import edge_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
@@ -76,18 +79,32 @@ def _refused(result: ConnectToApiResult, message: str) -> tuple[ConnectToApiResu
     return result, message
 
 
-async def check_version(calls: CombinerCalls, *, client_id: str, version: str) -> None:
+async def check_version(
+    calls: CombinerCalls, *, client_id: str, version: str, trouble: Callable[[], str | None] = lambda: None
+) -> None:
     """Ask the combiner whether it takes a client of this version.
 
-    Raises TransportError, in one line, when it does not, or does not answer after some tries.
+    When the first try fails, `trouble()` is asked on a thread for a reason why no other can succeed.
+    Raises TransportError, in one line, when the combiner does not take it, or does not answer after some tries.
     """
-    try:
-        answer = await calls.announce(
-            "VersionCheck",
-            client_id=client_id,
-            parameters={"client-version": version},
-            attempts=_VERSION_TRIES,
+
+    async def ask(attempts: int) -> pb.Response:
+        return await calls.announce(
+            "VersionCheck", client_id=client_id, parameters={"client-version": version}, attempts=attempts
         )
+
+    try:
+        try:
+            answer = await ask(1)
+        except CallError as error:
+            if not error.transient:
+                raise
+            if reason := await asyncio.to_thread(trouble):
+                raise TransportError(reason) from error
+            wait = calls.delay(1)
+            calls.link.failed(methods.ANNOUNCE.name, error, wait)
+            await calls.sleep(wait)
+            answer = await ask(_VERSION_TRIES - 1)
     except CallError as error:
         if error.code == "UNIMPLEMENTED":
             # A server that does not check takes every version.

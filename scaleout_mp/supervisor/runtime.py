@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import signal
@@ -38,7 +39,9 @@ from scaleout_mp.task import (
 )
 from scaleout_mp.transport.backoff import Backoff
 from scaleout_mp.transport.calls import CombinerCalls
-from scaleout_mp.transport.channel import CallCredentials, open_channel
+from scaleout_mp.transport.channel import CallCredentials, GrpcTls, open_channel
+from scaleout_mp.transport.diagnosis import tls_trouble
+from scaleout_mp.transport.http import endpoint
 from scaleout_mp.transport.link import LinkWatch
 from scaleout_mp.transport.rest import Assignment, AssignmentAnswer, request_assignment
 from scaleout_mp.transport.tokens import token_source
@@ -58,6 +61,16 @@ logger = logging.getLogger(__name__)
 
 #: What a program may log before `run`; more is refused.
 _MAX_EARLY: Final = 10_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _GivenToken:
+    """A token as the user gave it, and what gives access tokens for it."""
+
+    token: str = dataclasses.field(repr=False)
+    #: The API's address; None for a token that needs none.
+    where: str | None
+    source: TokenSource
 
 
 class GrpcEdgeClientRuntime:
@@ -122,7 +135,7 @@ class GrpcEdgeClientRuntime:
         self._api_url: str | None = None
         self._moments = messages.Moments()
         self._options: GrpcConnectionOptions | None = None
-        self._tokens: tuple[str, TokenSource] | None = None
+        self._given: _GivenToken | None = None
         # Guards what other threads touch while `run` comes and goes.
         self._lock = threading.Lock()
         self._running = False
@@ -144,13 +157,31 @@ class GrpcEdgeClientRuntime:
     # Connecting
 
     def _token_source(
-        self, token: str | None, url: str | None, on_refresh: Callable[..., None] | None
+        self,
+        token: str | None,
+        url: str | None,
+        on_refresh: Callable[..., None] | None,
+        given: Mapping[str, Any] | None = None,
     ) -> TokenSource | None:
         # The source of a token that was given before is kept: its refresh token may have been rotated since.
-        if token and (self._tokens is None or self._tokens[0] != token):
-            source = token_source(token, url, settings=self.settings, on_refresh=on_refresh)
-            self._tokens = token, source
-        return None if self._tokens is None else self._tokens[1]
+        known = self._given
+        where = endpoint(url, "") if url else None
+        if token and (known is None or known.token != token or where not in {None, known.where}):
+            # What the user gave and no more: an enrolling client without an id gets one from the server.
+            name, client_id = (given or {}).get("name"), (given or {}).get("client_id")
+            source = token_source(
+                token,
+                url,
+                settings=self.settings,
+                name=name or self.client.name,
+                client_id=client_id or self.client.client_id,
+            )
+            known = self._given = _GivenToken(token=token, where=where, source=source)
+        if known is None:
+            return None
+        if on_refresh is not None:
+            known.source.tell(on_refresh)
+        return known.source
 
     def connect_to_api(
         self,
@@ -163,7 +194,7 @@ class GrpcEdgeClientRuntime:
         self._api_url = url
         payload = connecting.assignment_payload(self.client, json, self.settings)
         try:
-            tokens = self._token_source(token, url, token_refresh_callback)
+            tokens = self._token_source(token, url, token_refresh_callback, json)
             answer = request_assignment(url, payload, settings=self.settings, tokens=tokens)
         except ConfigError as error:
             answer = AssignmentAnswer(outcome=Assignment.WRONG_URL, message=str(error))
@@ -203,10 +234,17 @@ class GrpcEdgeClientRuntime:
         calls = self._open_calls(backoff=Backoff(), link=LinkWatch(repeat_level=logging.WARNING))
         try:
             await connecting.check_version(
-                calls, client_id=self.client.client_id or "", version=self.settings.client_version
+                calls,
+                client_id=self.client.client_id or "",
+                version=self.settings.client_version,
+                trouble=self._tls_trouble,
             )
         finally:
             await calls.aclose()
+
+    def _tls_trouble(self) -> str | None:
+        options = self._require_options()
+        return tls_trouble(options.host, options.port, secure=self._secure(options), tls=GrpcTls.of(self.settings))
 
     def _secure(self, options: GrpcConnectionOptions) -> bool:
         if self.settings.grpc_secure is not None:
@@ -220,12 +258,12 @@ class GrpcEdgeClientRuntime:
             options.host,
             options.port,
             secure=self._secure(options),
-            root_cert_path=self.settings.grpc_root_cert_path,
+            tls=GrpcTls.of(self.settings),
         )
         credentials = CallCredentials(
             client_id=self.client.client_id or "",
             name=self.client.name or self.client.client_id or "",
-            tokens=None if self._tokens is None else self._tokens[1],
+            tokens=None if self._given is None else self._given.source,
             scheme=self.settings.auth_scheme,
         )
         return CombinerCalls(channel, credentials, backoff=backoff, link=link)
@@ -237,7 +275,7 @@ class GrpcEdgeClientRuntime:
 
     def get_access_token(self) -> str | None:
         """Return the access token that is in use, refreshed where needed; None without one."""
-        return None if self._tokens is None else self._tokens[1].access_token()
+        return None if self._given is None else self._given.source.access_token()
 
     # Running
 

@@ -14,7 +14,7 @@ import grpc.aio
 from scaleout_mp.errors import AuthenticationError, CallError, TransportError
 from scaleout_mp.transport.backoff import Backoff
 from scaleout_mp.transport.channel import END
-from scaleout_mp.transport.http import one_line
+from scaleout_mp.transport.http import one_line, without
 from scaleout_mp.transport.link import LinkWatch
 from scaleout_mp.wire import edge_pb2 as pb
 from scaleout_mp.wire import methods
@@ -60,8 +60,8 @@ def is_transient(code: grpc.StatusCode, details: str) -> bool:
     return broken and any(sign in details.lower() for sign in _BROKEN_STREAM)
 
 
-def _call_error(method: Method, error: grpc.aio.AioRpcError) -> CallError:
-    details = one_line(error.details() or "")
+def _call_error(method: Method, error: grpc.aio.AioRpcError, token: str | None = None) -> CallError:
+    details = one_line(without((token,) if token else (), error.details() or ""))
     code = error.code()
     return CallError(
         f"{method.name}: {code.name} {details}".rstrip(),
@@ -111,19 +111,20 @@ class CombinerCalls:
             return await attempt(metadata)
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
-                raise _call_error(method, error) from error
+                raise _call_error(method, error, self._credentials.token_of(metadata)) from error
         if not self._credentials.can_refresh:
             held = "refused the token" if self._credentials.held else "wants a token, and none was given"
             raise AuthenticationError(f"{method.name}: the combiner {held}")
         await self._credentials.refresh(rejected=self._credentials.token_of(metadata))
+        metadata = await self._credentials.metadata()
         try:
-            return await attempt(await self._credentials.metadata())
+            return await attempt(metadata)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNAUTHENTICATED:
                 raise AuthenticationError(
                     f"{method.name}: the combiner refused a fresh token; ask the network's owner for another"
                 ) from error
-            raise _call_error(method, error) from error
+            raise _call_error(method, error, self._credentials.token_of(metadata)) from error
 
     async def once(self, method: Method, request: Any, *, within: float = CALL_TIMEOUT) -> Any:
         """Make one unary call, within so many seconds and without retries; raises like `authorized`."""

@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import http.client
 import json
+import logging
 import re
 import urllib.parse
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import requests
+import urllib3
 
 from scaleout_mp.errors import ApiUnavailableError, ConfigError, TransportError, WrongAddressError
+
+if TYPE_CHECKING:
+    from scaleout_mp.config import Settings
+
+logger = logging.getLogger(__name__)
 
 #: Seconds without an answer after which a request counts as unanswered.
 REQUEST_TIMEOUT = 10.0
 
 _MAX_SAID = 300
+_MAY_WANT_CERTIFICATE: Final = (
+    "a server that wants a client certificate does this: SCALEOUT_MP_CLIENT_CERT_PATH and SCALEOUT_MP_CLIENT_KEY_PATH "
+    "name one"
+)
+#: How the name and password in an address are found.
+_USER_INFO: Final = re.compile(r"//[^/@\s]*@")
+
+
+def without(secrets: tuple[str, ...], text: str) -> str:
+    """Return a text that quotes none of the secrets."""
+    for secret in secrets:
+        text = text.replace(secret, "[token]")
+    return text
+
+
+def shown(url: str) -> str:
+    """Return an address as it may be printed: without name and password."""
+    return _USER_INFO.sub("//", url)
 
 
 def one_line(text: str) -> str:
@@ -27,18 +53,48 @@ def one_line(text: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HttpTls:
+    """How far a web server is trusted, and how this client proves itself to it."""
+
+    #: Whether certificates are verified.
+    verify: bool = True
+    #: PEM file of the root certificates; None: those that requests uses, REQUESTS_CA_BUNDLE included.
+    roots: str | None = None
+    #: PEM files of certificate and key, for servers that want them.
+    certificate: tuple[str, str] | None = None
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """Read the settings."""
+        return cls(
+            verify=settings.verify_api_certificates,
+            roots=settings.api_root_cert_path,
+            certificate=settings.client_certificate,
+        )
+
+    @property
+    def for_requests(self) -> bool | str:
+        """What requests takes as `verify`."""
+        return self.roots or True if self.verify else False
+
+
+_VERIFIED: Final = HttpTls()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a server answered."""
+    """What a server answered. Its repr shows no more than the status: bodies hold tokens."""
 
     status: int
     #: Decoded JSON; None when the body is not JSON.
-    body: Any
-    text: str
+    body: Any = dataclasses.field(repr=False)
+    #: What was sent and must not be quoted.
+    secrets: tuple[str, ...] = dataclasses.field(default=(), repr=False)
 
     def message(self, default: str) -> str:
         """Return what the server says in `message`, else `default`."""
         said = self.body.get("message") if isinstance(self.body, Mapping) else None
-        return one_line(str(said)) if said else default
+        return one_line(without(self.secrets, str(said))) if said else default
 
 
 def endpoint(api_url: str, path: str, *, prefix: str = "") -> str:
@@ -50,6 +106,8 @@ def endpoint(api_url: str, path: str, *, prefix: str = "") -> str:
     if not api_url or not api_url.strip():
         raise ConfigError(f"the API's URL must be like https://example.org, not {api_url!r}")
     address = api_url.strip()
+    if address.startswith("eyJ") and address.count(".") == 2:
+        raise ConfigError("the API's URL looks like a token: are URL and token in each other's place?")
     # "localhost:8092" has no scheme, although a URL parser takes "localhost" for one.
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", address):
         address = f"http://{address}"
@@ -57,39 +115,114 @@ def endpoint(api_url: str, path: str, *, prefix: str = "") -> str:
         parts = urllib.parse.urlsplit(address)
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise ConfigError(f"the API's URL {api_url!r} cannot be read: {error}") from error
+        raise ConfigError(f"the API's URL {shown(api_url)!r} cannot be read: {error}") from error
     if parts.scheme not in ("http", "https"):
         raise ConfigError(f"the API's URL must start with http:// or https://, not {parts.scheme}://")
     if not host:
-        raise ConfigError(f"the API's URL {api_url!r} names no host")
+        raise ConfigError(f"the API's URL {shown(api_url)!r} names no host")
     pieces = [f"{parts.scheme}://{parts.netloc}", parts.path.strip("/"), prefix.strip("/"), path.lstrip("/")]
     return "/".join(piece for piece in pieces if piece)
 
 
-def post_json(url: str, payload: Mapping[str, Any], *, headers: Mapping[str, str], verify: bool) -> Answer:
+def post_json(url: str, payload: Mapping[str, Any], *, headers: Mapping[str, str], tls: HttpTls = _VERIFIED) -> Answer:
     """Post JSON and return the answer, whatever its status below 500.
 
-    Raises ApiUnavailableError on 429, on 5xx and without an answer, which are worth another try;
-    WrongAddressError when what listens there is no web server, TransportError when trying again cannot help.
+    Raises ApiUnavailableError on 429, on 5xx and without an answer, which are worth another try; WrongAddressError when
+    what listens there is no web server or sends us elsewhere, ConfigError when certificate files cannot be read,
+    TransportError when trying again cannot help. None of them quotes a token.
     """
-    try:
-        response = requests.post(url, json=dict(payload), headers=dict(headers), verify=verify, timeout=REQUEST_TIMEOUT)
-    except requests.exceptions.SSLError as error:
-        raise TransportError(
-            f"{url}: the certificate or the TLS handshake failed ({_root_cause(error)}); for a self-signed "
-            "certificate set SCALEOUT_CONNECT_API_SECURE=false"
-        ) from error
-    except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-        if _is_not_http(error):
-            raise WrongAddressError(f"what listens at {url} does not speak HTTP: is the port right?") from error
-        raise ApiUnavailableError(f"no answer from {url}: {_root_cause(error)}") from error
-    except requests.RequestException as error:
-        raise TransportError(f"{url}: {_root_cause(error)}") from error
-    answer = Answer(status=response.status_code, body=_decoded(response.text), text=response.text)
+    return _ask("POST", url, headers=headers, tls=tls, payload=payload)
+
+
+def get_json(url: str, *, headers: Mapping[str, str], tls: HttpTls = _VERIFIED) -> Answer:
+    """Get JSON; see `post_json`."""
+    return _ask("GET", url, headers=headers, tls=tls, payload=None)
+
+
+def _ask(verb: str, url: str, *, headers: Mapping[str, str], tls: HttpTls, payload: Mapping[str, Any] | None) -> Answer:
+    response = _send(verb, url, headers=headers, tls=tls, payload=payload)
+    if response.is_redirect:
+        target = urllib.parse.urljoin(url, response.headers["Location"])
+        if not _is_same_but_tls(url, target, response.status_code):
+            # Followed, a POST would become a GET, or the token would go to somebody else.
+            raise WrongAddressError(f"{shown(url)} sends us to {one_line(shown(target))}: give that address instead")
+        response = _send(verb, target, headers=headers, tls=tls, payload=payload)
+    authorization = headers.get("Authorization", "").partition(" ")[2]
+    secrets = tuple(filter(None, (authorization, (payload or {}).get("refresh_token"))))
+    answer = Answer(status=response.status_code, body=_decoded(response.text), secrets=secrets)
     if answer.status == requests.codes.too_many_requests or answer.status >= 500:
         said = answer.message(response.reason or "")
-        raise ApiUnavailableError(f"{url} answered {answer.status} {said}".rstrip())
+        raise ApiUnavailableError(f"{shown(url)} answered {answer.status} {said}".rstrip())
     return answer
+
+
+def _send(
+    verb: str, url: str, *, headers: Mapping[str, str], tls: HttpTls, payload: Mapping[str, Any] | None
+) -> requests.Response:
+    where = shown(url)
+    if not tls.verify:
+        # Said once by us, in the log, and not by urllib3 for every request.
+        urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
+        _warn_unverified(urllib.parse.urlsplit(url).netloc.rpartition("@")[2])
+    try:
+        return requests.request(
+            verb,
+            url,
+            json=None if payload is None else dict(payload),
+            headers=dict(headers),
+            verify=tls.for_requests,
+            cert=tls.certificate,
+            timeout=REQUEST_TIMEOUT,
+            allow_redirects=False,
+        )
+    except requests.exceptions.SSLError as error:
+        raise TransportError(_tls_advice(where, _root_cause(error))) from error
+    except requests.exceptions.ProxyError as error:
+        raise ApiUnavailableError(f"the proxy does not lead to {where}: {_root_cause(error)}") from error
+    except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+        if _is_not_http(error):
+            raise WrongAddressError(f"what listens at {where} does not speak HTTP: is the port right?") from error
+        # With TLS 1.3 a server refuses a client's certificate only after the handshake.
+        hung_up = isinstance(_innermost(error), ConnectionResetError) and url.startswith("https")
+        hint = f"; {_MAY_WANT_CERTIFICATE}" if hung_up else ""
+        raise ApiUnavailableError(f"no answer from {where}: {_root_cause(error)}{hint}") from error
+    except requests.RequestException as error:
+        raise TransportError(f"{where}: {_root_cause(error)}") from error
+    except OSError as error:
+        # How requests says that a certificate file is not there, or is none.
+        raise ConfigError(f"certificates for {where}: {one_line(str(error))}") from error
+
+
+@functools.cache
+def _warn_unverified(host: str) -> None:
+    logger.warning(
+        "the certificate of %s is not verified, by SCALEOUT_CONNECT_API_SECURE: anybody on the way can read the token",
+        host,
+        extra={"action": "api_unverified"},
+    )
+
+
+def _is_same_but_tls(url: str, target: str, status: int) -> bool:
+    """Whether a redirect keeps the call as it is and only asks for https, as web servers in front of an API do."""
+    ours, theirs = urllib.parse.urlsplit(url), urllib.parse.urlsplit(target)
+    same = ours.hostname == theirs.hostname and (ours.path, ours.query) == (theirs.path, theirs.query)
+    return status in {307, 308} and (ours.scheme, theirs.scheme) == ("http", "https") and same
+
+
+def _tls_advice(where: str, cause: str) -> str:
+    advice = {
+        "hostname mismatch": "the certificate is for another host: use the name that it is for",
+        "ip address mismatch": "the certificate is for another host: use the name that it is for",
+        "certificate required": _MAY_WANT_CERTIFICATE,
+        "certificate_verify_failed": "for a root certificate of your own set REQUESTS_CA_BUNDLE to its file",
+        "eof occurred": _MAY_WANT_CERTIFICATE,
+        "no_certificate_or_crl_found": "the file of root certificates holds none",
+        "key_values_mismatch": "SCALEOUT_MP_CLIENT_CERT_PATH and SCALEOUT_MP_CLIENT_KEY_PATH do not belong together",
+        "wrong version number": "what listens there does not speak TLS: is it http://?",
+        "record layer failure": "what listens there does not speak TLS: is it http://?",
+    }
+    hint = next((text for sign, text in advice.items() if sign in cause.lower()), None)
+    return f"{where}: the certificate or the TLS handshake failed ({cause})" + (f"; {hint}" if hint else "")
 
 
 def _decoded(text: str) -> Any:
@@ -109,8 +242,8 @@ def _root_cause(error: BaseException) -> str:
     """Return the innermost message: requests wraps what the operating system said three times over."""
     reason = _innermost(error)
     if isinstance(reason, OSError) and reason.strerror:
-        return reason.strerror
-    return one_line(str(reason)) or type(reason).__name__
+        return one_line(reason.strerror)
+    return one_line(shown(str(reason))) or type(reason).__name__
 
 
 def _innermost(error: BaseException) -> BaseException:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from scaleout_mp.errors import ApiUnavailableError, AuthenticationError, ConfigError, TransportError, WrongAddressError
 from scaleout_mp.transport.backoff import Backoff
-from scaleout_mp.transport.http import endpoint, post_json
+from scaleout_mp.transport.http import HttpTls, endpoint, post_json
 
 if TYPE_CHECKING:
     from scaleout_mp.config import Settings
@@ -92,15 +92,18 @@ def request_assignment(
             return AssignmentAnswer(outcome=Assignment.UNAUTHORIZED, message=str(error))
         except WrongAddressError as error:
             return AssignmentAnswer(outcome=Assignment.WRONG_URL, message=str(error))
-        except TransportError as error:
+        except (TransportError, ConfigError) as error:
             return AssignmentAnswer(outcome=Assignment.UNKNOWN, message=str(error))
 
 
 def _post_authorized(url: str, payload: Mapping[str, Any], settings: Settings, tokens: TokenSource | None) -> Answer:
     """Post with the token; on 401 refresh it once and post again: it may have been revoked early."""
     if tokens is None:
-        return post_json(url, payload, headers={}, verify=settings.verify_api_certificates)
+        return post_json(url, payload, headers={}, tls=HttpTls.of(settings))
     token = tokens.access_token()
+    if tokens.client_id:
+        # The server knows an enrolled client by the id that it gave it.
+        payload = {**payload, "client_id": tokens.client_id}
     answer = _post_with(url, payload, settings, token)
     if answer.status == 401 and tokens.can_refresh:
         tokens.refresh(rejected=token)
@@ -110,7 +113,7 @@ def _post_authorized(url: str, payload: Mapping[str, Any], settings: Settings, t
 
 def _post_with(url: str, payload: Mapping[str, Any], settings: Settings, token: str) -> Answer:
     headers = {"Authorization": f"{settings.auth_scheme} {token}"}
-    return post_json(url, payload, headers=headers, verify=settings.verify_api_certificates)
+    return post_json(url, payload, headers=headers, tls=HttpTls.of(settings))
 
 
 def _read_answer(url: str, answer: Answer) -> AssignmentAnswer:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
+import contextlib
 import datetime as dt
-import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from scaleout_mp.errors import AuthenticationError, TransportError, WrongAddressError
-from scaleout_mp.transport.http import endpoint, post_json
+from scaleout_mp.config import state_folder
+from scaleout_mp.errors import AuthenticationError
+from scaleout_mp.transport.token_api import TokenApi, claims
+from scaleout_mp.transport.token_cache import TokenCache
 
 if TYPE_CHECKING:
     from scaleout_mp.config import Settings
-    from scaleout_mp.transport.http import Answer
+    from scaleout_mp.transport.token_api import TokenSet
 
 logger = logging.getLogger(__name__)
-
-#: Seconds before its expiry at which a token is replaced.
-REFRESH_MARGIN = 30.0
-#: Seconds that a token lives when neither its claims nor the answer say so.
-DEFAULT_LIFETIME = 3600.0
 
 TokenCallback = Callable[[str, str, dt.datetime], None]
 
@@ -40,6 +37,15 @@ class TokenSource(Protocol):
     @property
     def due(self) -> bool:
         """Whether the token should be replaced before long, or there is none yet."""
+        ...
+
+    @property
+    def client_id(self) -> str:
+        """The id under which the server enrolled this client; empty when it did not, or has not yet."""
+        ...
+
+    def tell(self, on_refresh: TokenCallback) -> None:
+        """Call `on_refresh(access_token, refresh_token, expires_at)` after each refresh from now on."""
         ...
 
     def peek(self) -> str | None:
@@ -64,9 +70,13 @@ class StaticToken:
 
     can_refresh = False
     due = False
+    client_id = ""
 
     def __init__(self, token: str) -> None:
         self._token = token
+
+    def tell(self, on_refresh: TokenCallback) -> None:
+        """Do nothing: an API key is never refreshed."""
 
     def peek(self) -> str | None:
         """Return the token."""
@@ -83,150 +93,159 @@ class StaticToken:
 
 
 class RefreshedToken:
-    """Access tokens bought with a refresh token, which the server may replace at every refresh.
+    """Access tokens had for a refresh token, which the server may replace at every refresh, or for an enrollment.
 
-    The rotated refresh token is kept in memory and given to `on_refresh`: whoever loses it is locked out.
+    A replaced refresh token is in the cache before anybody gets the access token that came with it.
     """
 
     can_refresh = True
 
     def __init__(
         self,
-        refresh_token: str,
+        given: str,
+        api: TokenApi,
         *,
-        url: str,
-        verify: bool = True,
+        cache: TokenCache | None = None,
+        name: str | None = None,
+        client_id: str | None = None,
         on_refresh: TokenCallback | None = None,
         clock: Callable[[], float] = time.time,
-        post: Callable[..., Answer] = post_json,
     ) -> None:
-        """Refresh at `url`; `clock` is wall time, since expiry dates are."""
-        self._refresh_token = refresh_token
-        self._url = url
-        self._verify = verify
+        """Start from what the user gave; `name` and `client_id` are for enrolling. `clock` is wall time."""
+        self._given = given
+        self._enrolls = claims(given).get("role") == "enrollment"
+        self._who = name, client_id
+        self._api = api
+        self._cache = cache
         self._on_refresh = on_refresh
         self._clock = clock
-        self._post = post
         self._lock = threading.Lock()
-        #: The token, when it should be replaced, when it ends: they change together.
-        self._held: tuple[str, float, float] | None = None
+        self._held: TokenSet | None = None
+        #: Whether what is held was had in this process, and not in an earlier one.
+        self._fresh = False
 
     @property
     def due(self) -> bool:
         """Whether the token should be replaced before long, or there is none yet."""
         held = self._held
-        return held is None or self._clock() >= held[1]
+        return held is None or self._clock() >= held.renew_at
+
+    @property
+    def client_id(self) -> str:
+        """The id under which the server enrolled this client; empty when it did not, or has not yet."""
+        return "" if self._held is None else self._held.client_id
+
+    def tell(self, on_refresh: TokenCallback) -> None:
+        """Call `on_refresh(access_token, refresh_token, expires_at)` after each refresh from now on."""
+        self._on_refresh = on_refresh
 
     def peek(self) -> str | None:
         """Return the token that is held while it is valid; never blocks."""
         held = self._held
-        return held[0] if held is not None and self._clock() < held[2] else None
+        return held.access if held is not None and self._clock() < held.expires_at else None
 
     def access_token(self) -> str:
         """Return a valid token, refreshed first when it is due. Blocks."""
         with self._lock:
-            if self.due or self._held is None:
-                self._replace()
+            if self.due:
+                self._replace(None)
             assert self._held is not None
-            return self._held[0]
+            return self._held.access
 
     def refresh(self, *, rejected: str | None = None) -> None:
         """Replace the token, once for all threads that saw it rejected. Blocks."""
         with self._lock:
-            if rejected is not None and self._held is not None and self._held[0] != rejected:
+            held = self._held
+            if rejected is not None and held is not None and held.access != rejected:
                 return
-            self._replace()
+            self._replace(None if held is None else held.access)
 
-    def _replace(self) -> None:
-        answer = self._post(
-            self._url,
-            {"refresh_token": self._refresh_token, "role": "client"},
-            headers={},
-            verify=self._verify,
-        )
-        access, rotated, expires_in = _read_refresh(self._url, answer)
-        if rotated:
-            self._refresh_token = rotated
-        expiry = _number(claims(access).get("exp"))
-        now = self._clock()
-        lifetime = expires_in if expires_in is not None else DEFAULT_LIFETIME
-        expires_at = max(expiry if expiry is not None else now + lifetime, now + 1)
-        # Tokens that live shorter than the margin must not be replaced at every call.
-        self._held = access, expires_at - min(REFRESH_MARGIN, (expires_at - now) / 2), expires_at
+    def _replace(self, refused: str | None) -> None:
+        cache = self._cache
+        with contextlib.nullcontext() if cache is None else cache.locked():
+            kept = None if cache is None else cache.load()
+            if kept is not None and (self._held is None or kept.refresh != self._held.refresh):
+                # An earlier run, or another process that was given the same token, has been here.
+                self._held, self._fresh = kept, False
+                if kept.access != refused and self._clock() < kept.renew_at:
+                    return
+            self._held, self._fresh = self._obtain(), True
+            if cache is not None:
+                cache.store(self._held)
         logger.debug("access token refreshed", extra={"action": "token_refreshed"})
-        self._tell(access, expires_at)
+        self._say(self._held)
 
-    def _tell(self, access: str, expires_at: float) -> None:
+    def _obtain(self) -> TokenSet:
+        held = self._held
+        if held is None:
+            return self._begin()
+        try:
+            return self._api.refresh(held.refresh, client_id=held.client_id)
+        except AuthenticationError as error:
+            # Only for what an earlier run left: a server that sees a spent token again may revoke all of its line.
+            if self._fresh or held.refresh == self._given:
+                raise
+            logger.warning(
+                "%s; that was the one kept from an earlier run: the one given now is tried",
+                error,
+                extra={"action": "kept_token_refused"},
+            )
+            self._held = None
+            return self._begin()
+
+    def _begin(self) -> TokenSet:
+        if not self._enrolls:
+            return self._api.refresh(self._given)
+        name, client_id = self._who
+        return self._api.enroll(self._given, name=name, client_id=client_id)
+
+    def _say(self, tokens: TokenSet) -> None:
         if self._on_refresh is None:
             return
-        when = dt.datetime.fromtimestamp(expires_at, tz=dt.UTC)
+        when = dt.datetime.fromtimestamp(tokens.expires_at, tz=dt.UTC)
         try:
-            self._on_refresh(access, self._refresh_token, when)
-        except Exception:
-            # The user's callback must not cost the connection; the token itself is in hand.
-            logger.exception("token_refresh_callback raised", extra={"action": "token_callback_failed"})
-
-
-def _read_refresh(url: str, answer: Answer) -> tuple[str, str | None, float | None]:
-    if answer.status in {400, 401, 403}:
-        said = answer.message("no reason given")
-        raise AuthenticationError(
-            f"the server refused the refresh token ({answer.status}: {said}): it is wrong, expired or spent; "
-            "ask the network's owner for a new one"
-        )
-    body = answer.body if isinstance(answer.body, Mapping) else {}
-    access = body.get("access_token") or body.get("access")
-    if answer.status == 404:
-        raise WrongAddressError(f"there is no Scaleout API at {url}: it answered 404; is the API's URL right?")
-    if not 200 <= answer.status < 300 or not isinstance(access, str):
-        raise TransportError(f"{url} answered {answer.status} and no access token: is the API's URL right?")
-    rotated = body.get("refresh_token") or body.get("refresh")
-    return (
-        access,
-        rotated if isinstance(rotated, str) else None,
-        _number(body.get("expires_in")),
-    )
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def claims(token: str) -> dict[str, Any]:
-    """Return the claims of a JWT, unverified; empty for what is not a JWT.
-
-    They only tell which kind of token it is and when it ends; the server verifies.
-    """
-    parts = token.split(".")
-    if len(parts) != 3:
-        return {}
-    try:
-        body = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
-    except (binascii.Error, ValueError):
-        return {}
-    return body if isinstance(body, dict) else {}
+            self._on_refresh(tokens.access, tokens.refresh, when)
+        except Exception as error:  # noqa: BLE001
+            # The user's callback must not cost the connection; the token itself is in hand. Where it raised, but not
+            # what: a message may quote what the callback was called with.
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            logger.error(  # noqa: TRY400
+                "token_refresh_callback raised %s at %s:%s",
+                type(error).__name__,
+                where.filename,
+                where.lineno,
+                extra={"action": "token_callback_failed"},
+            )
 
 
 def token_source(
-    token: str, api_url: str | None, *, settings: Settings, on_refresh: TokenCallback | None = None
+    token: str,
+    api_url: str | None,
+    *,
+    settings: Settings,
+    name: str | None = None,
+    client_id: str | None = None,
+    on_refresh: TokenCallback | None = None,
 ) -> TokenSource:
-    """Return the source that fits the kind of token the user gave: an API key or a refresh token.
+    """Return the source that fits the kind of token the user gave: API key, refresh token or enrollment token.
 
-    Raises ConfigError when `api_url` is no URL, AuthenticationError when the token cannot be used here.
+    `name` and `client_id` are what the user gave, for enrolling. Raises ConfigError when `api_url` is no URL,
+    AuthenticationError when the token cannot be used here.
     """
+    # Tokens come out of files and shells.
+    token = token.strip()
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise AuthenticationError("this is no token: it has spaces, line breaks or other letters that no token has")
     said = claims(token)
     if said.get("token_type") == "api_key":
         return StaticToken(token)
-    if said.get("role") == "enrollment":
-        raise AuthenticationError(
-            "this is an enrollment token: enroll with it, and connect with the refresh token that you get"
-        )
     if api_url is None:
-        raise AuthenticationError("a refresh token needs the API's URL, where access tokens are had")
-    path = "api/v1/clients/token" if said.get("role") == "client_refresh" else "api/auth/refresh"
-    return RefreshedToken(
-        token,
-        url=endpoint(api_url, path, prefix=settings.url_prefix),
-        verify=settings.verify_api_certificates,
-        on_refresh=on_refresh,
-    )
+        raise AuthenticationError("this token needs the API's URL, where access tokens are had")
+    api = TokenApi(api_url, settings=settings)
+    cache = None
+    if settings.persist_tokens:
+        folder = Path(settings.token_cache_dir) if settings.token_cache_dir else state_folder() / "tokens"
+        # Each client that enrolls with one token is a client of its own.
+        who = (client_id or "", name or "") if said.get("role") == "enrollment" else ()
+        cache = TokenCache(folder, api.address, token, *who)
+    return RefreshedToken(token, api, cache=cache, name=name, client_id=client_id, on_refresh=on_refresh)

@@ -14,14 +14,14 @@ POLLING = 0.1
 class RunningClient:
     """Connects and runs in a thread; at the end it stops the client and raises what `run` raised."""
 
-    def __init__(self, net, name="edge", *, token=None, run=None, **options):
+    def __init__(self, net, name="edge", *, token=None, run=None, given_id="", **options):
         options.setdefault("settings", Settings(polling_interval=POLLING, send_telemetry=False))
         options.setdefault("limits", Limits(abort_grace=0.5))
         self.net = net
         self.runtime = GrpcEdgeClientRuntime(**options)
         self.client = EdgeClient(runtime=self.runtime)
         result, self.options = self.client.connect_to_api(
-            net.api_url, {"name": name, "client_id": f"id-{name}"}, token=token
+            net.api_url, {"name": name, "client_id": f"id-{name}" if given_id == "" else given_id}, token=token
         )
         assert result is ConnectToApiResult.Assigned, self.options
         self.id = self.client.client_id

@@ -5,22 +5,25 @@ from __future__ import annotations
 import asyncio
 import math
 
+import grpc
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaleout_mp.errors import ConfigError, ModelFormatError
+from scaleout_mp.errors import AuthenticationError, ConfigError, ModelFormatError
 from scaleout_mp.localnet.aggregation import FedAvg, num_examples
 from scaleout_mp.localnet.event_log import EventLog
 from scaleout_mp.localnet.events import ClientAssigned, HeartbeatReceived, TaskEnded
+from scaleout_mp.localnet.faults import Fault, FaultPlan
 from scaleout_mp.localnet.model_calls import serialize_chunk
 from scaleout_mp.localnet.model_files import ModelFiles
 from scaleout_mp.localnet.registry import ClientRegistry, ClientState
 from scaleout_mp.localnet.results import SessionPlan, mean_metrics
 from scaleout_mp.localnet.tasks import TaskBook, parse_object
-from scaleout_mp.localnet.tokens import Tokens
+from scaleout_mp.localnet.tokens import TokenKind, Tokens
 from scaleout_mp.model import ScaleoutModel
+from scaleout_mp.transport.token_api import claims
 from scaleout_mp.wire import edge_pb2 as pb
 
 
@@ -35,12 +38,98 @@ class Clock:
 def test_access_tokens_expire_by_the_clock():
     clock = Clock()
     tokens = Tokens("secret", lifetime=60, clock=clock)
-    header = f"Bearer {tokens.issue()}"
+    header = f"Bearer {tokens.exchange('secret').access}"
     assert tokens.accepts(header)
     assert tokens.accepts(header.replace("Bearer", "Token"))
     clock.now += 60
     assert not tokens.accepts(header)
     assert not Tokens("secret", clock=clock).accepts(header)
+
+
+def chain(tokens, kind=TokenKind.REFRESH, **options):
+    """A refresh token and the one that came of it, whose access token was used."""
+    first = tokens.issue(kind, **options)
+    grant = tokens.exchange(first)
+    assert tokens.accepts(f"Bearer {grant.access}")
+    return first, grant
+
+
+def test_a_refresh_token_is_replaced_when_it_is_used():
+    tokens = Tokens(None, required=True)
+    first, grant = chain(tokens, TokenKind.CLIENT_REFRESH, client_id="c")
+    assert grant.client_id == "c"
+    assert grant.refresh != first
+    second = tokens.exchange(grant.refresh)
+    assert tokens.accepts(f"Bearer {second.access}")
+
+
+def test_a_spent_refresh_token_revokes_all_that_came_of_it():
+    tokens = Tokens(None, required=True)
+    first, grant = chain(tokens)
+    other, _ = chain(tokens)
+    with pytest.raises(AuthenticationError, match="used before"):
+        tokens.exchange(first)
+    with pytest.raises(AuthenticationError, match="revoked"):
+        tokens.exchange(grant.refresh)
+    assert not tokens.accepts(f"Bearer {grant.access}")
+    # Who has another one is not concerned.
+    assert tokens.exchange(tokens.issue(TokenKind.REFRESH)).access
+    assert other
+
+
+def test_an_answer_that_was_lost_locks_nobody_out():
+    tokens = Tokens(None, required=True)
+    first = tokens.issue(TokenKind.REFRESH)
+    lost = tokens.exchange(first)
+    again = tokens.exchange(first)
+    assert tokens.exchange(again.refresh).access
+    # Whoever has the lost one shows a spent token.
+    with pytest.raises(AuthenticationError, match="used before"):
+        tokens.exchange(lost.refresh)
+
+
+def test_every_kind_is_good_for_its_own_purpose_alone():
+    tokens = Tokens("secret")
+    issued = {kind: tokens.issue(kind) for kind in TokenKind if kind is not TokenKind.ACCESS}
+    accepted = {kind for kind, token in issued.items() if tokens.accepts(f"Bearer {token}")}
+    assert accepted == {TokenKind.API_KEY}
+    for kind in (TokenKind.API_KEY, TokenKind.ENROLLMENT):
+        with pytest.raises(AuthenticationError, match="no refresh token"):
+            tokens.exchange(issued[kind])
+    for kind in (TokenKind.API_KEY, TokenKind.REFRESH):
+        with pytest.raises(AuthenticationError, match="no enrollment token"):
+            tokens.enroll(issued[kind], "c")
+    grant = tokens.enroll(issued[TokenKind.ENROLLMENT], "c")
+    assert (grant.client_id, claims(grant.refresh)["role"], claims(grant.access)["sub"]) == ("c", "client_refresh", "c")
+    tokens.revoke(issued[TokenKind.API_KEY])
+    assert not tokens.accepts(f"Bearer {issued[TokenKind.API_KEY]}")
+
+
+def test_tokens_that_people_hand_out_end_as_well():
+    clock = Clock()
+    tokens = Tokens(None, required=True, clock=clock)
+    token = tokens.issue(TokenKind.ENROLLMENT, lifetime=10)
+    clock.now += 10
+    with pytest.raises(AuthenticationError, match="expired"):
+        tokens.enroll(token, "c")
+
+
+def test_standing_faults_hit_a_share_and_delays_add_up():
+    faults = FaultPlan(seed=1)
+    faults.always("*", Fault(delay=1))
+    faults.always("Send*", Fault(delay=2))
+    faults.always("SendStatus", Fault(code=grpc.StatusCode.UNAVAILABLE), share=0.25, client_id="c")
+    assert faults.take("Download", "c") == Fault(delay=1)
+    taken = [faults.take("SendStatus", "c") for _ in range(1000)]
+    assert {fault.delay for fault in taken} == {3}
+    assert 200 < sum(fault.code is not None for fault in taken) < 300
+    assert faults.take("SendStatus", "other") == Fault(delay=3)
+    faults.add("Download", Fault(truncate=1))
+    assert faults.take("Download", "c") == Fault(truncate=1, delay=1)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        faults.always("*", Fault(), share=20)
+    faults.clear()
+    assert faults.take("Download", "c") is None
 
 
 @given(st.text())

@@ -35,6 +35,39 @@ class ClientRefused(Event):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ClientEnrolled(ClientEvent):
+    """Somebody with an enrollment token became a client."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"client {self.name} enrolled as {self.client_id}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenRefreshed(ClientEvent):
+    """A refresh token was exchanged; the client id is empty when the token is not one client's own."""
+
+    quiet: ClassVar[bool] = True
+
+    #: Whether it was replaced.
+    rotated: bool
+
+    def __str__(self) -> str:
+        return f"token of {self.client_id or 'a client'} refreshed"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenRefused(Event):
+    """A refresh or enrollment token was not taken."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"token refused: {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class VersionChecked(ClientEvent):
     """A client asked whether its version is accepted."""
 
