@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -269,6 +270,45 @@ def stay_below(size):
     return True
 
 
+# Each leaves shared memory behind, registered with a resource tracker.
+
+
+def _share():
+    import multiprocessing
+    from multiprocessing.shared_memory import SharedMemory
+
+    memory = SharedMemory(create=True, size=1 << 20)
+    lock = multiprocessing.get_context("spawn").Lock()
+    names = [f"/dev/shm/{memory.name}", f"/dev/shm/sem.{lock._semlock.name.lstrip('/')}"]
+    current_task().log_attributes({"names": " ".join(names)})
+    return memory, lock
+
+
+def share_and_hang():
+    kept = _share()
+    time.sleep(100)
+    return kept is None
+
+
+def share_and_crash():
+    kept = _share()
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return kept is None
+
+
+def share_and_return():
+    kept = _share()
+    return kept is None
+
+
+def pretend_to_be_a_tracker():
+    """Leave a process behind that has a tracker's command line."""
+    code = "#from multiprocessing.resource_tracker import main;main(5)\nimport time; print(flush=True); time.sleep(100)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    child.stdout.read(1)
+    return child.pid
+
+
 #: A program whose task stays at work; its argument is the scratch folder.
 SUPERVISOR = """
 import sys
@@ -279,5 +319,16 @@ with TaskExecutor(echo_output=False, scratch_folder=sys.argv[1]) as executor:
     task = executor.submit(scratch_programs.hang)
     next(task.records())
     print("at work", flush=True)
+    task.result()
+"""
+
+SHARING_SUPERVISOR = """
+import sys
+import scratch_programs
+from scaleout_mp import TaskExecutor
+
+with TaskExecutor(sandbox="basic", echo_output=False, scratch_folder=sys.argv[1]) as executor:
+    task = executor.submit(scratch_programs.share_and_hang)
+    print(next(task.records()).attributes["names"], flush=True)
     task.result()
 """

@@ -16,6 +16,7 @@ import itertools
 import math
 import os
 import random
+import re
 import resource
 import signal
 import time
@@ -29,6 +30,11 @@ _TAG_BASE: Final = 1 << 60
 #: Least hard limit below which there is still room for tags.
 _LEAST_ROOM: Final = 1 << 16
 _CLEAN_SCANS: Final = 3
+
+#: Seconds that resource trackers have to clean up, counted from the first kill.
+TRACKER_GRACE: Final = 1.0
+_TRACKER: Final = re.compile(rb"resource_tracker import main; ?main\(")
+_LONGEST_COMMAND: Final = 4096
 
 _tags: Final = itertools.count(random.SystemRandom().getrandbits(40) << 19)
 
@@ -160,10 +166,10 @@ def _send(descriptor: int, pid: int, number: int) -> None:
 def kill_tagged(tag: int, *, seconds: float = 10.0) -> int:
     """Kill every process that wears the tag until three scans in a row find none; return how many were killed.
 
-    Blocks, normally for a few milliseconds. Raises TimeoutError after `seconds`, when processes hang in the kernel
-    or fork faster than they are killed.
+    Blocks, normally for a few milliseconds, and somewhat longer where a tracker cleans up. Raises TimeoutError after
+    `seconds`, when processes hang in the kernel or fork faster than they are killed.
     """
-    deadline = time.monotonic() + seconds
+    started = time.monotonic()
     killed: set[int] = set()
     clean = 0
     while clean < _CLEAN_SCANS:
@@ -172,9 +178,33 @@ def kill_tagged(tag: int, *, seconds: float = 10.0) -> int:
             clean += 1
             continue
         clean = 0
-        killed.update(pid for pid in found if signal_process(pid, tag, signal.SIGKILL))
-        if time.monotonic() > deadline:
+        doomed = found
+        if time.monotonic() < started + TRACKER_GRACE:
+            # Who has no command line is about to be gone, or has only just become a program, a tracker perhaps.
+            doomed = [pid for pid in found if (line := _command(pid)) and not _TRACKER.search(line)]
+        killed.update(pid for pid in doomed if signal_process(pid, tag, signal.SIGKILL))
+        if time.monotonic() > started + seconds:
             raise TimeoutError(f"processes {found} are still there {seconds:g} s after SIGKILL")
         # Let the dying leave: a SIGKILL takes effect when its target is next scheduled.
         time.sleep(0.001)
     return len(killed)
+
+
+def is_tracker(pid: int) -> bool:
+    """Whether a process looks like a resource tracker, of multiprocessing or joblib, or may just become one.
+
+    Once all others of its program are gone, it removes the shared memory and semaphores that they have registered with
+    it and left in /dev/shm, and ends: nobody else knows whose those are. Whoever pretends to be one lives on for
+    `TRACKER_GRACE`, no longer.
+    """
+    line = _command(pid)
+    return not line or _TRACKER.search(line) is not None
+
+
+def _command(pid: int) -> bytes:
+    """Return a process's command line; empty while it has no memory of its own yet, or any more."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read(_LONGEST_COMMAND)
+    except OSError:
+        return b""

@@ -13,7 +13,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from scaleout_mp.sandbox import process
+from scaleout_mp.sandbox import process, tree
 from scaleout_mp.sandbox.removal import OPEN, remove_ownerless
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Seconds between two rounds of killing: the dead have to be gone before their children show.
 _ROUND: Final = 0.001
+#: Seconds for resource trackers, which remove what the tasks left in /dev/shm.
+_TRACKERS: Final = 0.5
 #: Seconds for removing what a dead supervisor's tasks wrote; what is left then goes with the next one's start.
 _REMOVAL: Final = 0.5
 
@@ -80,8 +82,12 @@ def _reap(template: int) -> int | None:
 
 def _end_everything() -> None:
     # Only children are killed: they keep their pid until they are reaped here. Their own children come up next.
+    deadline = time.monotonic() + _TRACKERS
     while children := process.children():
+        spared = time.monotonic() < deadline
         for pid in children:
+            if spared and tree.is_tracker(pid):
+                continue
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         select.poll().poll(_ROUND * 1000)
