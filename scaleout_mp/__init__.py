@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from scaleout_mp.client import GrpcConnectionOptions as GrpcConnectionOptions
     from scaleout_mp.client import LoggingContext as LoggingContext
     from scaleout_mp.config import Limits as Limits
+    from scaleout_mp.config import Resources as Resources
     from scaleout_mp.config import Sandbox as Sandbox
     from scaleout_mp.errors import CallbackNotSendable as CallbackNotSendable
     from scaleout_mp.errors import ConfigError as ConfigError
@@ -54,6 +55,7 @@ _HOME = {
     "Limits": "config",
     "LoggingContext": "client",
     "ModelFormatError": "errors",
+    "Resources": "config",
     "Sandbox": "config",
     "ScaleoutError": "errors",
     "ScaleoutModel": "model",

@@ -270,6 +270,11 @@ class TaskContext(Protocol):
         """The id under which the supervisor knows this task."""
         ...
 
+    @property
+    def state(self) -> dict[Any, Any]:
+        """What tasks that name the same state hand on to each other; see docs/isolation.md."""
+        ...
+
     def log_metric(
         self, metrics: Mapping[str, float], *, step: int | None = None, context: RecordContext | None = None
     ) -> None:

@@ -52,3 +52,11 @@ def open_descriptors() -> dict[int, str]:
         except OSError:
             continue
     return found
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, reaped or not."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

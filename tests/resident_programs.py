@@ -166,3 +166,78 @@ def hold(megabytes):
 def own_copy(array):
     array += 1
     return array
+
+
+class Unreadable:
+    """Pickles, and cannot be unpickled."""
+
+    def __reduce__(self):
+        return refuse, ()
+
+
+def refuse():
+    raise RuntimeError("not this time")
+
+
+def count_in_state(*, then=None):
+    """Count calls in the state; then leave in some bad way."""
+    state = current_task().state
+    state["count"] = state.get("count", 0) + 1
+    if then == "raise":
+        raise ValueError("after all")
+    if then == "crash":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if then == "hang":
+        hang()
+    return state["count"], os.getpid()
+
+
+def put_in_state(key, value):
+    current_task().state[key] = value
+    return os.getpid()
+
+
+def lock_in_state():
+    current_task().state["lock"] = threading.Lock()
+
+
+def unreadable_in_state():
+    current_task().state["bad"] = Unreadable()
+
+
+def sum_of_state(key):
+    return float(np.sum(current_task().state[key]))
+
+
+def keys_of_state():
+    return sorted(current_task().state)
+
+
+def never_look_at_state():
+    raise ValueError("never looked")
+
+
+def send_state(data, *, unsealed=False):
+    """Send a STATE frame as a hostile task would."""
+    if unsealed:
+        memory = os.memfd_create("unsealed")
+        os.write(memory, bytes(64))
+        import array
+        import socket
+
+        with socket.socket(fileno=os.dup(3)) as sock:
+            sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [memory]))])
+    else:
+        os.write(3, data)
+    time.sleep(1_000)
+
+
+def surroundings():
+    """What this process has of the machine."""
+    return {
+        "gpus": {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")},
+        "nice": os.getpriority(os.PRIO_PROCESS, 0),
+        "affinity": sorted(os.sched_getaffinity(0)),
+        "threads": os.environ["OMP_NUM_THREADS"],
+        "pid": os.getpid(),
+    }

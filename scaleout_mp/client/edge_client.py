@@ -42,6 +42,18 @@ _NOT_CARRIED = frozenset(
 )
 
 
+class _StateOfTask:
+    """`EdgeClient.state`. Not a property, so that subclasses may have an attribute of that name."""
+
+    def __get__(self, client: EdgeClient | None, kind: type[EdgeClient]) -> dict[Any, Any]:
+        if client is None:
+            return self  # type: ignore[return-value]  # as a property's own
+        task = current_task()
+        if task is None:
+            raise RuntimeError("client.state is there while a callback runs, in its process")
+        return task.state
+
+
 class EdgeClient:
     """A client of a Scaleout Edge network.
 
@@ -51,6 +63,10 @@ class EdgeClient:
 
     `runtime` replaces what connects the client to the network (default: GrpcEdgeClientRuntime).
     """
+
+    #: A dict of the running callback's own: what it puts there it finds again the next time, as long as it completes.
+    #: Kept pickled between its tasks; see docs/isolation.md.
+    state = _StateOfTask()
 
     def __init__(
         self,

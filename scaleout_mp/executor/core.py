@@ -8,14 +8,18 @@ import os
 import uuid
 from typing import TYPE_CHECKING, Any, Final
 
-from scaleout_mp.config import Limits, Sandbox, Surroundings
+from scaleout_mp.config import Limits, Resources, Sandbox, Surroundings
+from scaleout_mp.config.limits import MAX_SIZE, parse_size
+from scaleout_mp.config.resources import parse_gpus, parse_memory_budget
 from scaleout_mp.config.sandbox import Level, LevelName, as_sandbox
 from scaleout_mp.errors import ConfigError
 from scaleout_mp.executor.execution import Execution, ExecutionPlan
 from scaleout_mp.executor.output import OutputRelay
 from scaleout_mp.executor.resident_execution import ResidentExecution
 from scaleout_mp.executor.residents import ResidentPool
+from scaleout_mp.executor.scheduling import Demand, Ledger, Line, Place
 from scaleout_mp.executor.scratch import ScratchKeeper
+from scaleout_mp.executor.states import MAX_STATE, StateStore
 from scaleout_mp.executor.template import StartMethod, TemplateLauncher, TemplatePlace
 from scaleout_mp.ipc import arguments
 from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
@@ -39,6 +43,14 @@ PRELOAD: Final = ("numpy", "scaleout_mp.model")
 MAX_MODEL_SIZE: Final = 64 * 2**30
 
 
+def parse_state_bytes(state_bytes: int | str) -> int:
+    """Return the bound of a state in bytes. Raises ConfigError."""
+    size = parse_size(state_bytes, field="state_bytes")
+    if not 0 <= size <= MAX_SIZE:
+        raise ConfigError(f"state_bytes must be from 0 to 2**60 bytes, not {state_bytes!r}")
+    return size
+
+
 def default_concurrency() -> int:
     """Return how many tasks run at once unless somebody says otherwise."""
     return max(4, os.cpu_count() or 1)
@@ -57,6 +69,10 @@ class ExecutorCore:
         start_method: StartMethod = "template",
         sandbox: Sandbox | LevelName = "auto",
         preload: Sequence[str] = PRELOAD,
+        memory_budget: float | str | None = None,
+        gpus: Sequence[int | str] | None = None,
+        resources: Resources | None = None,
+        state_bytes: int | str = MAX_STATE,
         max_concurrent_tasks: int | None = None,
         echo_output: bool = True,
         surroundings: Surroundings | None = None,
@@ -82,9 +98,12 @@ class ExecutorCore:
         )
         self._echo = echo_output
         self._relay = OutputRelay()
-        self._slots = asyncio.Semaphore(most)
-        self._seats: dict[str, asyncio.Semaphore] = {}
+        self._resources = resources or Resources()
+        self._ledger = Ledger(slots=most, memory=parse_memory_budget(memory_budget), gpus=parse_gpus(gpus))
+        self._shares_gpus = gpus is not None
         self._residents = ResidentPool()
+        self._line = self._residents.line = Line(self._ledger, self._residents)
+        self._states = StateStore(parse_state_bytes(state_bytes))
         self._running: dict[Execution, asyncio.Task[None]] = {}
         self._groups: MemoryGroups | None = None
         self._closing = False
@@ -141,7 +160,10 @@ class ExecutorCore:
         task_id: str | None = None,
         name: str | None = None,
         limits: Limits | None = None,
+        resources: Resources | None = None,
         worker: WorkerSpec | None = None,
+        state: str | None = None,
+        place: Place | None = None,
         on_record: Callable[[Record], None] | None = None,
         on_state: Callable[[TaskState], None] | None = None,
         **kwargs: Any,
@@ -149,6 +171,8 @@ class ExecutorCore:
         """Order a task; it starts when its turn comes, in a process of its own or in a worker.
 
         `on_record` gets what the task logs, in order and before the outcome; `on_state` each state after PENDING.
+        `state` names what the task finds in `current_task().state` and hands on to the next one that names it.
+        `place` is one whose turn has come, for the same limits, resources and worker.
         Raises CallbackNotSendable and ValueNotSendable.
         """
         call = function if isinstance(function, PreparedCallable) else arguments.prepare(function)
@@ -158,7 +182,10 @@ class ExecutorCore:
             task_id=task_id,
             name=name,
             limits=limits,
+            resources=resources,
             worker=worker,
+            state=state,
+            place=place,
             on_record=on_record,
             on_state=on_state,
         )
@@ -171,7 +198,10 @@ class ExecutorCore:
         task_id: str | None = None,
         name: str | None = None,
         limits: Limits | None = None,
+        resources: Resources | None = None,
         worker: WorkerSpec | None = None,
+        state: str | None = None,
+        place: Place | None = None,
         on_record: Callable[[Record], None] | None = None,
         on_state: Callable[[TaskState], None] | None = None,
     ) -> Execution:
@@ -185,15 +215,19 @@ class ExecutorCore:
             call=call,
             arguments=packed,
             limits=limits or self._limits,
+            resources=resources or self._resources,
+            shares_gpus=self._shares_gpus,
             max_model_size=MAX_MODEL_SIZE,
             memory_groups=self._groups,
             scratch=self._scratch,
             start_folder=self._start_folder,
             worker=worker,
+            state=None if state is None else self._states.slot(state),
             on_record=on_record,
             on_state=on_state,
         )
         execution = self._execution(plan)
+        execution.place = place
         task = asyncio.get_running_loop().create_task(self._run(execution), name=f"task {plan.task_id}")
         self._running[execution] = task
         task.add_done_callback(lambda _: self._running.pop(execution, None))
@@ -208,34 +242,70 @@ class ExecutorCore:
         """End the processes of a worker that have nothing to do: they are not needed any more."""
         self._residents.retire(name)
 
-    async def _run(self, execution: Execution) -> None:
-        worker = execution.worker
-        if worker is None:
-            await self._run_in_slot(execution)
-            return
-        seats = self._seats.setdefault(worker.name, asyncio.Semaphore(worker.processes))
-        turn = asyncio.ensure_future(seats.acquire())
-        try:
-            first: list[asyncio.Future[Any]] = [turn, execution.stop_requested]
-            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-            await self._run_in_slot(execution)
-        finally:
-            if not turn.cancel() and not turn.cancelled():
-                seats.release()
+    # Turns
 
-    async def _run_in_slot(self, execution: Execution) -> None:
-        if not self._slots.locked():
-            async with self._slots:
-                await execution.run()
+    def line_up(
+        self,
+        *,
+        limits: Limits | None = None,
+        resources: Resources | None = None,
+        worker: WorkerSpec | None = None,
+    ) -> Place:
+        """Get in line for a task that is submitted once its turn has come; `leave` gives the place up again.
+
+        Raises ConfigError when its turn could never come.
+        """
+        place = self._place(limits or self._limits, resources or self._resources, worker)
+        refusal = self._line.refusal(place)
+        if refusal is not None:
+            raise ConfigError(f"a task {refusal}")
+        self._line.enter(place)
+        return place
+
+    def line_up_for_slot(self) -> Place:
+        """Get in line for work that needs no process, only its turn."""
+        place = Place(demand=Demand(), worker=None, fits=lambda _: False)
+        self._line.enter(place)
+        return place
+
+    @staticmethod
+    async def turn(place: Place) -> None:
+        """Wait for a place's turn."""
+        if not place.at_work:
+            if place.turn is None:
+                place.turn = asyncio.get_running_loop().create_future()
+            await asyncio.shield(place.turn)
+
+    def leave(self, place: Place) -> None:
+        """Give up a place, whether its turn has come or not. The task in it must be over."""
+        self._line.leave(place)
+
+    def _place(self, limits: Limits, resources: Resources, worker: WorkerSpec | None) -> Place:
+        return Place(
+            demand=self._ledger.demand(limits, resources),
+            worker=worker,
+            fits=lambda resident: worker is not None and resident.serves(worker, limits, resources),
+        )
+
+    async def _run(self, execution: Execution) -> None:
+        if execution.place is not None:
+            await execution.run()
             return
-        turn = asyncio.ensure_future(self._slots.acquire())
+        place = execution.place = self._place(execution.limits, execution.resources, execution.worker)
+        refusal = self._line.refusal(place)
+        if refusal is not None:
+            execution.refuse(refusal)
+            await execution.run()
+            return
+        self._line.enter(place)
         try:
-            first: list[asyncio.Future[Any]] = [turn, execution.stop_requested]
-            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            if not place.at_work:
+                place.turn = asyncio.get_running_loop().create_future()
+                first: list[asyncio.Future[Any]] = [place.turn, execution.stop_requested]
+                await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             await execution.run()
         finally:
-            if not turn.cancel() and not turn.cancelled():
-                self._slots.release()
+            self._line.leave(place)
 
     async def wait_idle(self) -> None:
         """Wait until no task is pending or running."""
@@ -256,6 +326,7 @@ class ExecutorCore:
         await self._residents.aclose()
         await self._launcher.close()
         await self._let_go(at_once=kill)
+        self._states.close()
         self._relay.close()
 
     async def _let_go(self, *, at_once: bool = False) -> None:

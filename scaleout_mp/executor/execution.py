@@ -9,6 +9,7 @@ import math
 from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.config.machine import wanted_threads
+from scaleout_mp.config.resources import gpu_environment
 from scaleout_mp.errors import LauncherError, ProtocolViolation
 from scaleout_mp.executor import ladder
 from scaleout_mp.executor.launcher import Child, Launcher, StartOrder
@@ -35,10 +36,12 @@ from scaleout_mp.task import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from scaleout_mp.config import Limits
+    from scaleout_mp.config import Limits, Resources
     from scaleout_mp.executor.output import OutputRelay
     from scaleout_mp.executor.residents import WorkerSpec
+    from scaleout_mp.executor.scheduling import Place
     from scaleout_mp.executor.scratch import ScratchKeeper
+    from scaleout_mp.executor.states import StateSlot
     from scaleout_mp.executor.watchdog import TreeWatch
     from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
     from scaleout_mp.sandbox.cgroup import MemoryGroup, MemoryGroups
@@ -80,6 +83,9 @@ class ExecutionPlan:
     arguments: PackedArguments
     limits: Limits
     max_model_size: int
+    resources: Resources
+    #: Whether GPUs are shared out: a task then sees those that it was given.
+    shares_gpus: bool = False
     #: Where groups for tasks with a memory limit are made; None: there is no such place.
     memory_groups: MemoryGroups | None = None
     #: Who makes the task's scratch folder.
@@ -88,6 +94,8 @@ class ExecutionPlan:
     start_folder: Callable[[str], str]
     #: The worker that runs it; None: a process of its own.
     worker: WorkerSpec | None = None
+    #: The state that it hands on; None: none.
+    state: StateSlot | None = None
     on_record: Callable[[Record], None] | None = None
     on_state: Callable[[TaskState], None] | None = None
 
@@ -117,6 +125,8 @@ class Execution:
         self._leaving: asyncio.TimerHandle | None = None
         self._child: Child | None = None
         self._stopping: asyncio.Task[None] | None = None
+        #: What it was given when its turn came.
+        self.place: Place | None = None
         self._outcome: asyncio.Future[Outcome] = self._loop.create_future()
         #: Done as soon as somebody wants the task to end.
         self.stop_requested: asyncio.Future[None] = self._loop.create_future()
@@ -129,6 +139,16 @@ class Execution:
     def task_id(self) -> str:
         """The id of the task."""
         return self._plan.task_id
+
+    @property
+    def limits(self) -> Limits:
+        """Its limits."""
+        return self._plan.limits
+
+    @property
+    def resources(self) -> Resources:
+        """What it gets of the machine."""
+        return self._plan.resources
 
     @property
     def worker(self) -> WorkerSpec | None:
@@ -171,6 +191,14 @@ class Execution:
         text = reason or _ABORT_TEXT[origin]
         self._stop(StopCause(reason=origin.end_reason, message=text), abort_text=text)
 
+    def refuse(self, problem: str) -> None:
+        """Have the task end without a start. Called before `run`."""
+        self._evidence.launcher_problem = problem
+
+    def _require_place(self) -> Place:
+        assert self.place is not None
+        return self.place
+
     def kill(self) -> None:
         """Call off the grace of a task that was aborted: it is killed now."""
         if not self._hurry.done():
@@ -195,7 +223,7 @@ class Execution:
         """Live the task's life. Called once, by the executor, when the task's turn has come."""
         started_at = self._loop.time()
         try:
-            if self._evidence.stop is None:
+            if self._evidence.stop is None and self._evidence.launcher_problem is None:
                 self._advance(TaskState.STARTING)
                 await self._live()
         except OSError as error:
@@ -263,14 +291,16 @@ class Execution:
         lines.passed_on()
 
     def _send_task(self, lines: TaskLines) -> None:
-        packed = self._plan.arguments
+        packed, slot = self._plan.arguments, self._plan.state
+        state, memory = (None, ()) if slot is None else slot.fields()
+        descriptors = [*packed.descriptors, *memory]
         lines.channel.send(
-            frames.encode(Kind.TASK, self.task_id, packed.table, descriptors=len(packed.descriptors)),
-            packed.descriptors,
+            frames.encode(Kind.TASK, self.task_id, packed.table, state, descriptors=len(descriptors)), descriptors
         )
 
     def _confinement(self) -> Confinement:
         limits, groups = self._plan.limits, self._plan.memory_groups
+        resources = self._plan.resources
         if limits.memory_bytes and groups is not None:
             self._group = groups.make(f"{self._tag:x}", limits.memory_bytes)
         self._scratch = self._plan.scratch.make()
@@ -285,10 +315,19 @@ class Execution:
             cpu_limit=0 if cpu_time is None else math.ceil(cpu_time),
             open_files=limits.open_files or 0,
             file_size=None if limits.file_size is None else limits.file_size_bytes,
-            threads=limits.threads or wanted_threads(),
+            threads=limits.threads or len(resources.affinity or ()) or wanted_threads(),
+            nice=resources.nice,
+            affinity=sorted(resources.affinity or ()),
+            environment=self._environment(),
             progress_every=0.0 if no_progress is None else min(1.0, no_progress / 4),
             log_level=logging.getLogger().getEffectiveLevel(),
         )
+
+    def _environment(self) -> dict[str, str]:
+        if not self._plan.shares_gpus:
+            return {}
+        holding = self._require_place().holding
+        return gpu_environment(() if holding is None else holding.gpus)
 
     async def _see_through(self) -> None:
         child, lines, watches = self._child, self._lines, self._watches
@@ -406,6 +445,8 @@ class Execution:
             raise ProtocolViolation(f"a {frame.kind.name} frame came after the task's end")
         if frame.kind is Kind.RESULT:
             self._take_result(frame)
+        elif frame.kind is Kind.STATE and self._plan.state is not None:
+            self._plan.state.receive(frame)
         elif frame.kind is Kind.FAILURE:
             self._evidence.failure = messages.parse_failure(frame)
             self._hurry_exit()
@@ -465,6 +506,8 @@ class Execution:
         seen.peak_memory = self.memory_peak
         report = make_report(seen)
         self._advance(TaskState.ENDED)
+        if self._plan.state is not None:
+            self._plan.state.settle(self.name, completed=report.completed)
         level = logging.DEBUG if report.completed else logging.WARNING
         logger.log(
             level,

@@ -8,8 +8,9 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.executor import ladder
-from scaleout_mp.executor.execution import Execution, ExecutionPlan, Outcome
-from scaleout_mp.executor.residents import Resident, ResidentPool, SetUp, WorkerSpec
+from scaleout_mp.executor.execution import Execution, ExecutionPlan
+from scaleout_mp.executor.residents import Resident, ResidentPool, SetUp, WorkerSpec, end_process
+from scaleout_mp.executor.scheduling import NOTHING
 from scaleout_mp.executor.template import send_callable
 from scaleout_mp.executor.watches import Watches
 from scaleout_mp.ipc import frames
@@ -36,8 +37,9 @@ class ResidentExecution(Execution):
     """One task in a worker. Its turn has come when no other task is in the process that it gets."""
 
     def __init__(
-        self, plan: ExecutionPlan, launcher: Launcher, relay: OutputRelay, *, echo: bool, pool: ResidentPool
+        self, plan: ExecutionPlan, launcher: Launcher, relay: OutputRelay, *, echo: bool, pool: ResidentPool | None
     ) -> None:
+        """`pool` takes the process when the task is over; None: whoever looks at `resident` does."""
         super().__init__(plan, launcher, relay, echo=echo)
         assert plan.worker is not None
         self._spec: WorkerSpec = plan.worker
@@ -45,6 +47,8 @@ class ResidentExecution(Execution):
         self._evidence.worker = self._spec.name
         #: None while the process is new.
         self._resident: Resident | None = None
+        #: The process, once the task is over; None: it is gone, or in the pool.
+        self.resident: Resident | None = None
         #: Whether the process said that the callable begins.
         self._began = False
         #: Done when the result is in, or the failure.
@@ -57,45 +61,61 @@ class ResidentExecution(Execution):
     async def run(self) -> None:
         """Live the task's life; the process is back in the pool, or gone, when the outcome is there."""
         await super().run()
-        if self._stays:
-            assert self._resident is not None
-            self._pool.give_back(self._resident)
-        self._resident = None
+        resident, self._resident = self._resident, None
+        if not self._stays:
+            if resident is not None:
+                # What it had is the task's place's to give back, as for a process of its own.
+                self._require_place().holding = resident.holding
+        elif self._pool is None:
+            self.resident = resident
+        elif resident is not None:
+            self._pool.give_back(resident)
 
     async def _live(self) -> None:
-        while await self._set_up():
-            self._take_process()
+        while await self._get_process():
             self._start()
             await self._see_through()
             if self._resident is None or self._began or self._evidence.stop is not None or self._stays:
-                return
+                break
             # It had ended before this task came to it: no fault of this task, which gets another one.
             await self._leave_process()
             self._forget_process()
 
     # --- The process -------------------------------------------------------------------------------------------------
 
-    async def _set_up(self) -> bool:
-        """Run the worker's first call in a new process; False when that failed or the task is to stop."""
-        while self._spec.set_up is not None and not self._pool.has(self._spec, self._plan.limits):
-            outcome = await self._run_set_up(self._spec.set_up)
-            if self._evidence.stop is not None:
+    async def _get_process(self) -> bool:
+        """Adopt the process that the task was given, or see to a new one; False when there will be none."""
+        place = self._require_place()
+        resident, place.resident = place.resident, None
+        if resident is not None and not (resident.lines.channel.open and not resident.child.exited.done()):
+            await end_process(resident, grace=0)
+            place.holding, resident = resident.holding, None
+        if resident is None and self._spec.set_up is not None:
+            resident = await self._set_up(self._spec.set_up)
+            if resident is None:
                 return False
-            if not outcome.report.completed:
-                self._evidence.set_up = outcome.report
-                return False
-        return self._evidence.stop is None
+        if self._evidence.stop is not None:
+            # Whoever comes next may have it.
+            place.resident = resident
+            return False
+        if resident is not None:
+            self._adopt(resident)
+        return True
 
-    async def _run_set_up(self, set_up: SetUp) -> Outcome:
+    async def _set_up(self, set_up: SetUp) -> Resident | None:
+        """Make the worker's first call in a new process; None when that failed or the task is to stop."""
         plan = dataclasses.replace(
             self._plan,
             task_id=f"{self.task_id}:set-up",
             name=f"{set_up.call.name} of worker {self._spec.name}",
             call=set_up.call,
             arguments=set_up.arguments.copy(),
+            worker=dataclasses.replace(self._spec, set_up=None),
+            state=None,
             on_state=None,
         )
-        first = _FirstExecution(plan, self._launcher, self._relay, echo=self._echo, pool=self._pool)
+        first = ResidentExecution(plan, self._launcher, self._relay, echo=self._echo, pool=None)
+        first.place = self._require_place()
         running = self._loop.create_task(first.run())
         either: list[asyncio.Future[Any]] = [running, self.stop_requested]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -104,18 +124,30 @@ class ResidentExecution(Execution):
             await asyncio.wait([running, self._hurry], return_when=asyncio.FIRST_COMPLETED)
             first.kill()
         await running
-        return await first.outcome()
+        report = (await first.outcome()).report
+        if first.resident is not None:
+            first.resident.spec = self._spec
+            if report.completed:
+                return first.resident
+            # A process in which it failed is not set up.
+            await end_process(first.resident, grace=0)
+            self._require_place().holding = first.resident.holding
+        self._evidence.set_up = report
+        return None
 
-    def _take_process(self) -> None:
-        resident = self._resident = self._pool.take(self._spec, self._plan.limits)
-        if resident is None:
-            return
+    def _adopt(self, resident: Resident) -> None:
+        self._resident = resident
         self._tag = resident.tag
         self._lines, self._group, self._child = resident.lines, resident.group, resident.child
         self._scratch = resident.scratch
         self._cpu_before = memory.processor_time(resident.pid) or 0.0
+        if resident.watches is not None:
+            resident.watches.close()
+            resident.watches = None
 
     def _forget_process(self) -> None:
+        assert self._resident is not None
+        self._require_place().holding = self._resident.holding
         self._resident = self._lines = self._group = self._child = None
         self._tag = tree.new_tag()
         self._scratch = ""
@@ -139,8 +171,8 @@ class ResidentExecution(Execution):
             tag=self._tag,
             shared=self._handed_over(),
             group=self._group,
-            on_breach=self._on_breach,
             scratch=self._scratch,
+            on_breach=self._on_breach,
         )
 
     def _handed_over(self) -> int:
@@ -166,6 +198,7 @@ class ResidentExecution(Execution):
                 packed.table,
                 self._plan.call.key,
                 0.0 if no_progress is None else min(1.0, no_progress / 4),
+                "" if self._plan.state is None else self._plan.state.name,
                 descriptors=len(packed.descriptors),
             ),
             packed.descriptors,
@@ -210,9 +243,7 @@ class ResidentExecution(Execution):
             self._stays = self._evidence.worker_stays = True
             self._keep(child)
             return False
-        while not child.exited.done():
-            await ladder.sweep(self._tag)
-            await asyncio.wait([child.exited], timeout=0.02)
+        await self._kill(child)
         strays = await super()._until_gone(child)
         assert self._evidence.exited is not None
         self._note_processor_time(self._evidence.exited.cpu_seconds)
@@ -238,9 +269,14 @@ class ResidentExecution(Execution):
         if self._resident is not None:
             return
         assert self._lines is not None
+        place = self._require_place()
+        # None: the place was given up before the task was over, since everything ends.
+        holding, place.holding = place.holding or NOTHING, None
         self._resident = Resident(
             spec=self._spec,
             limits=self._plan.limits,
+            resources=self._plan.resources,
+            holding=holding,
             tag=self._tag,
             lines=self._lines,
             group=self._group,
@@ -251,25 +287,20 @@ class ResidentExecution(Execution):
             handed=self._handed_over(),
         )
 
+    async def _kill(self, child: Child) -> None:
+        while not child.exited.done():
+            await ladder.sweep(self._tag)
+            await asyncio.wait([child.exited], timeout=0.02)
+
     async def _leave_process(self) -> None:
-        if not self._stays:
-            await super()._leave_process()
+        if self._stays:
+            return
+        if self._child is not None:
+            # It lives still if the task could not even be sent to it.
+            await self._kill(self._child)
+        await super()._leave_process()
 
     def _climb(self, abort_text: str, grace: float) -> None:
         # Without a process of its own yet, the task waits for the worker's first call, which is aborted instead.
         if self._child is not None:
             super()._climb(abort_text, grace)
-
-
-class _FirstExecution(ResidentExecution):
-    """The first call of a worker, in a new process."""
-
-    async def _set_up(self) -> bool:
-        return self._evidence.stop is None and self._resident is None
-
-    def _is_whole(self, child: Child) -> bool:
-        # A process in which it failed is not set up.
-        return self._evidence.has_result and super()._is_whole(child)
-
-    def _take_process(self) -> None:
-        """Leave `_resident` at None: a new process is wanted."""

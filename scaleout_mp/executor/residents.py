@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Final
 from scaleout_mp.config import Limits
 from scaleout_mp.errors import LauncherError, ProtocolViolation
 from scaleout_mp.executor import ladder
+from scaleout_mp.executor.scheduling import Demand, Holding, Line, Place
 from scaleout_mp.executor.watches import Watches
 from scaleout_mp.ipc.channel import close_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from scaleout_mp.config import Resources
     from scaleout_mp.executor.launcher import Child
     from scaleout_mp.executor.lines import TaskLines
     from scaleout_mp.executor.report import StopCause
@@ -52,6 +54,8 @@ class WorkerSpec:
     #: Seconds without a task after which a process is ended; None: never.
     idle_seconds: float | None = IDLE_SECONDS
     set_up: SetUp | None = None
+    #: What it was made from, where that changes: a process of another edition is ended before the next task.
+    edition: str = ""
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -73,16 +77,22 @@ class Resident:
     handed: int = 0
     idle_since: float = 0.0
     watches: Watches | None = None
+    resources: Resources
+    #: What of the machine it has until it is gone.
+    holding: Holding
 
     @property
     def pid(self) -> int:
         """The pid of its first process."""
         return self.child.started.result().pid
 
-    def serves(self, spec: WorkerSpec, limits: Limits) -> bool:
-        """Whether it may run a task: a process keeps the limits that it was started with."""
-        return self.spec.set_up == spec.set_up and (
-            self.limits is limits or _of_process(self.limits) == _of_process(limits)
+    def serves(self, spec: WorkerSpec, limits: Limits, resources: Resources) -> bool:
+        """Whether it may run a task: a process keeps the limits and resources that it was started with."""
+        return (
+            self.spec.set_up == spec.set_up
+            and self.spec.edition == spec.edition
+            and (self.limits is limits or _of_process(self.limits) == _of_process(limits))
+            and self.resources == resources
         )
 
 
@@ -95,29 +105,28 @@ class ResidentPool:
     """The processes that wait for a task. On the executor's event loop."""
 
     def __init__(self) -> None:
+        #: Who hears when a process waits, and gets what one had that is gone. Set by who makes both.
+        self.line: Line | None = None
         #: The one that has waited longest comes first.
         self._idle: dict[Resident, None] = {}
-        self._ending: set[asyncio.Task[None]] = set()
+        self._ending: dict[asyncio.Task[None], Resident] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
 
-    def has(self, spec: WorkerSpec, limits: Limits) -> bool:
-        """Whether a process waits that could run such a task."""
-        return any(resident.serves(spec, limits) for resident in self._of(spec.name))
-
-    def take(self, spec: WorkerSpec, limits: Limits) -> Resident | None:
+    def find(self, wanted: Place) -> Resident | None:
         """Return the process that ran last; None when a new one is needed. Those that do not fit any more are ended."""
+        assert wanted.worker is not None
         found = None
-        for resident in self._of(spec.name):
-            if not resident.serves(spec, limits):
-                self._end(resident, "its limits changed")
-            else:
+        for resident in self._of(wanted.worker.name):
+            if wanted.fits(resident):
                 found = resident
-        if found is not None:
-            del self._idle[found]
-            if found.watches is not None:
-                found.watches.close()
+            else:
+                self._end(resident, "the next task wants another one")
         return found
+
+    def take(self, resident: Resident) -> None:
+        """Take a process out, for a task."""
+        del self._idle[resident]
 
     def _of(self, name: str) -> list[Resident]:
         return [resident for resident in self._idle if resident.spec.name == name]
@@ -138,17 +147,25 @@ class ResidentPool:
             return
         self._watch(resident)
         self._set_timer()
+        if self.line is not None:
+            self.line.advance()
 
     def _watch(self, resident: Resident) -> None:
         """Keep what threads and children of earlier tasks use within the limits."""
+        if resident.watches is not None:
+            # It was taken for a task that did not come.
+            return
         limits = resident.limits
         by_watching = limits.memory_bytes and resident.group is None
-        if by_watching or limits.pids is not None:
+        if by_watching or limits.pids is not None or limits.scratch_size is not None:
             resident.watches = Watches(
-                Limits(memory=limits.memory if by_watching else None, pids=limits.pids),
+                Limits(
+                    memory=limits.memory if by_watching else None, pids=limits.pids, scratch_size=limits.scratch_size
+                ),
                 tag=resident.tag,
                 shared=resident.handed,
                 group=None,
+                scratch=resident.scratch,
                 on_breach=lambda cause, **_: self._on_breach(resident, cause),
             )
             resident.watches.process_runs(resident.pid)
@@ -156,6 +173,9 @@ class ResidentPool:
     def _on_breach(self, resident: Resident, cause: StopCause) -> None:
         if resident in self._idle:
             self._end(resident, f"it {cause.message} while it had no task", grace=0)
+        else:
+            # A task is about to come, which will find it dead.
+            resident.lines.channel.close()
 
     def _on_closed(self, resident: Resident, violation: ProtocolViolation | None) -> None:
         if violation is not None and resident in self._idle:
@@ -172,13 +192,19 @@ class ResidentPool:
         for resident in self._of(name):
             self._end(resident, "it is not needed any more")
 
-    def retire_oldest(self) -> bool:
-        """End the process that has waited longest; False when none waits."""
-        oldest = next(iter(self._idle), None)
-        if oldest is None:
-            return False
-        self._end(oldest, "its place is needed")
-        return True
+    def retire_oldest(self, kinds: set[str]) -> bool:
+        """End the process that has waited longest, has such things and may be ended for being idle; False: none."""
+        for resident in self._idle:
+            if resident.spec.idle_seconds is not None and resident.holding.demand.kinds & kinds:
+                self._end(resident, "its place is needed")
+                return True
+        return False
+
+    @property
+    def coming(self) -> Demand:
+        """What the processes that are ending will give back."""
+        held = [resident.holding.demand for resident in self._ending.values()]
+        return Demand(memory=sum(each.memory for each in held), gpus=sum(each.gpus for each in held))
 
     def _set_timer(self) -> None:
         due = min(self._due(), default=None)
@@ -211,8 +237,13 @@ class ResidentPool:
         task = asyncio.get_running_loop().create_task(
             end_process(resident, grace=grace), name=f"end of worker {resident.spec.name}"
         )
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+        self._ending[task] = resident
+        task.add_done_callback(self._on_ended)
+
+    def _on_ended(self, task: asyncio.Task[None]) -> None:
+        resident = self._ending.pop(task)
+        if self.line is not None:
+            self.line.give_back(resident.holding)
 
     async def aclose(self) -> None:
         """End all that waits and see it gone."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from scaleout_mp.config import Surroundings
 from scaleout_mp.executor.core import PRELOAD, ExecutorCore
 from scaleout_mp.executor.residents import IDLE_SECONDS
+from scaleout_mp.executor.states import MAX_STATE
 from scaleout_mp.executor.worker_handle import Worker, WorkerOptions, check_isolation, pack_set_up
 from scaleout_mp.ipc import arguments
 from scaleout_mp.task import AbortOrigin, ExitReport, Record, TaskState
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from scaleout_mp.config import Limits, Sandbox
+    from scaleout_mp.config import Limits, Resources, Sandbox
     from scaleout_mp.config.sandbox import LevelName
     from scaleout_mp.executor.execution import Execution, Outcome
     from scaleout_mp.executor.residents import WorkerSpec
@@ -133,15 +134,18 @@ class TaskExecutor:
     """Runs callables in processes of their own, with limits, and says how each one ended.
 
     Use it as a context manager; on the way out it waits for running tasks, or aborts them after an exception.
-    `limits` are the default of every task. `isolation` is "task" (a fresh process for each) or "worker" (for each
-    callable one that stays and keeps its state), see docs/isolation.md. `start_method` is "template" (fork from a warm
-    interpreter, about a millisecond) or "spawn" (a fresh interpreter each time). `sandbox` is "auto", "none",
-    "basic", "strict" or a `Sandbox`, see docs/security.md. `preload` names modules that the template imports once.
-    `echo_output` passes on what tasks print. A task starts in an empty folder of its own, which goes with it;
-    `scratch_folder` is where these folders are made, and `working_directory` where tasks start instead: "inherit",
-    where the program stands, or a path. Of the program's environment a task gets what is on an allow list and what
-    `pass_environment` names, and `environment` in addition; see docs/security.md. `shield` closes the program to
-    debuggers, and to tasks that would read its memory or environment.
+    `limits` and `resources` are the default of every task. At most `max_concurrent_tasks` run at once, and only as many
+    as have memory limits whose sum is within `memory_budget` (a size, or a fraction of the machine); others wait.
+    `gpus` are the GPUs that tasks get by `Resources(gpus=...)`. `isolation` is "task" (a fresh process for each) or
+    "worker" (for each callable one that stays and keeps its state), see docs/isolation.md; `state_bytes` bounds each
+    state that tasks hand on. `start_method` is "template" (fork from a warm interpreter, about a millisecond) or
+    "spawn" (a fresh interpreter each time). `sandbox` is "auto", "none", "basic", "strict" or a `Sandbox`, see
+    docs/security.md. `preload` names modules that the template imports once. `echo_output` passes on what tasks print.
+    A task starts in an empty folder of its own, which goes with it; `scratch_folder` is where these folders are made,
+    and `working_directory` where tasks start instead: "inherit", where the program stands, or a path. Of the program's
+    environment a task gets what is on an allow list and what `pass_environment` names, and `environment` in addition;
+    see docs/security.md. `shield` closes the program to debuggers, and to tasks that would read its memory or
+    environment.
     """
 
     def __init__(
@@ -152,6 +156,10 @@ class TaskExecutor:
         sandbox: Sandbox | LevelName = "auto",
         preload: Sequence[str] = PRELOAD,
         isolation: Isolation = "task",
+        state_bytes: int | str = MAX_STATE,
+        memory_budget: float | str | None = None,
+        gpus: Sequence[int | str] | None = None,
+        resources: Resources | None = None,
         max_concurrent_tasks: int | None = None,
         echo_output: bool = True,
         scratch_folder: str | os.PathLike[str] | None = None,
@@ -165,6 +173,10 @@ class TaskExecutor:
             start_method=start_method,
             sandbox=sandbox,
             preload=preload,
+            state_bytes=state_bytes,
+            memory_budget=memory_budget,
+            gpus=gpus,
+            resources=resources,
             max_concurrent_tasks=max_concurrent_tasks,
             echo_output=echo_output,
             surroundings=Surroundings(
@@ -196,14 +208,17 @@ class TaskExecutor:
         /,
         *args: Any,
         limits: Limits | None = None,
+        resources: Resources | None = None,
         name: str | None = None,
         worker: str | Worker | None = None,
+        state: str | None = None,
         **kwargs: Any,
     ) -> Task:
         """Order a task: `function(*args, **kwargs)` in a process of its own, or in the one of a worker.
 
         `worker` is the name of a process that stays: it runs its tasks in order and keeps what they leave in it. With
-        `isolation="worker"` each callable has one that is named after it.
+        `isolation="worker"` each callable has one that is named after it. `state` names a dict, `current_task().state`,
+        that the task hands on to the next one with the same name, if it completes.
 
         Arguments may be models, which are handed over without a copy, and whatever pickles. The callable returns
         models, numpy arrays, numbers, strings, and lists, tuples and dicts of them. Raises CallbackNotSendable,
@@ -225,7 +240,9 @@ class TaskExecutor:
                         task_id=task.task_id,
                         name=task.name,
                         limits=limits,
+                        resources=resources,
                         worker=spec,
+                        state=state,
                         on_record=task._on_record,  # noqa: SLF001
                     )
                 )
@@ -245,17 +262,18 @@ class TaskExecutor:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
+        resources: Resources | None = None,
         processes: int = 1,
         idle_time: float | str | None = IDLE_SECONDS,
     ) -> Worker:
         """Return a worker, which starts with its first task and, before that, calls `set_up(*args, **kwargs)`.
 
-        `limits` hold for its processes and its tasks. `processes` tasks may run at once, each in a process with state
-        of its own. `idle_time` is the time without a task, in seconds or as "10m", after which one is ended; None:
-        never. Raises ConfigError, CallbackNotSendable and ValueNotSendable.
+        `limits` and `resources` hold for its processes and its tasks. `processes` tasks may run at once, each in a
+        process with state of its own. `idle_time` is the time without a task, in seconds or as "10m", after which one
+        is ended; None: never. Raises ConfigError, CallbackNotSendable and ValueNotSendable.
         """
         options = WorkerOptions(name=name, processes=processes, idle_time=idle_time)
-        made = Worker(self, options.spec(pack_set_up(set_up, args, kwargs)), limits)
+        made = Worker(self, options.spec(pack_set_up(set_up, args, kwargs)), limits, resources)
         with self._lock:
             self._workers.append(made)
         return made

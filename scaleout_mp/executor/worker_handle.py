@@ -13,7 +13,7 @@ from scaleout_mp.ipc import arguments
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from scaleout_mp.config import Limits
+    from scaleout_mp.config import Limits, Resources
     from scaleout_mp.executor.task_executor import Task, TaskExecutor
 
 Isolation = Literal["task", "worker"]
@@ -57,9 +57,12 @@ class Worker:
     time, the next task gets a fresh one, which first makes the call that the worker is set up with.
     """
 
-    def __init__(self, executor: TaskExecutor, spec: WorkerSpec, limits: Limits | None) -> None:
+    def __init__(
+        self, executor: TaskExecutor, spec: WorkerSpec, limits: Limits | None, resources: Resources | None
+    ) -> None:
         self._executor = executor
         self._limits = limits
+        self._resources = resources
         self.spec = spec
 
     @property
@@ -69,7 +72,9 @@ class Worker:
 
     def submit(self, function: Callable[..., Any], /, *args: Any, name: str | None = None, **kwargs: Any) -> Task:
         """Order `function(*args, **kwargs)` in this worker; see TaskExecutor.submit."""
-        return self._executor.submit(function, *args, name=name, limits=self._limits, worker=self, **kwargs)
+        return self._executor.submit(
+            function, *args, name=name, limits=self._limits, resources=self._resources, worker=self, **kwargs
+        )
 
     def retire(self) -> None:
         """End its processes as soon as they have nothing to do; a later task starts a new one."""

@@ -39,6 +39,7 @@ class Kind(enum.IntEnum):
     RESULT = 20
     FAILURE = 21
     PROGRESS = 22
+    STATE = 23
     # Supervisor to template.
     SETUP = 32
     LOAD = 33

@@ -31,6 +31,17 @@ class Refusal(enum.StrEnum):
     PIDS = "pids"
 
 
+class StateChange(enum.StrEnum):
+    """What became of the state that tasks hand on."""
+
+    #: The task has it and may change it.
+    OPENED = "opened"
+    #: It cannot be unpickled.
+    UNREADABLE = "unreadable"
+    #: What it is now comes beside the frame.
+    KEPT = "kept"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Failure:
     """What the callable raised."""

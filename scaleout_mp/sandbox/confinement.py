@@ -46,6 +46,12 @@ class Confinement:
     file_size: int | None = None
     #: Threads of BLAS and OpenMP pools.
     threads: int = 1
+    #: Added to the niceness that it inherits.
+    nice: int = 0
+    #: Processors on which it runs; empty: all that it inherits.
+    affinity: list[int] = dataclasses.field(default_factory=list)
+    #: Variables of its own, beside what it inherits.
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
     #: Whether the process serves one task after the other, and not just one.
     resident: bool = False
     #: Seconds between two signs of life that `check_task_abort` sends at most; 0: none are wanted.
@@ -65,9 +71,17 @@ class Confinement:
         # The template is closed, and this one was until now.
         process.set_dumpable(True)
         self._apply_limits()
+        self._apply_resources()
         self._enter_folders()
         # Last: it forbids what comes before.
         own.put_on(self.scratch)
+
+    def _apply_resources(self) -> None:
+        os.environ.update(self.environment)
+        if self.affinity:
+            os.sched_setaffinity(0, self.affinity)
+        if self.nice:
+            os.nice(self.nice)
 
     def _enter_folders(self) -> None:
         if self.scratch:

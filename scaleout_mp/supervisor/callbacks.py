@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from scaleout_mp.client.calls import CallbackSet, CustomCall, TrainCall, ValidateCall
 from scaleout_mp.client.values import callback_name
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from scaleout_mp.client import EdgeClient
     from scaleout_mp.executor import PreparedCallable
 
-#: Never ended for being idle: a round may be hours away, and what the callbacks keep would be lost.
-CALLBACK_WORKER: Final = WorkerSpec(name="callbacks", idle_seconds=None)
-
 
 class CallbackTable:
     """Pickles each callback once, and again only when the client has another one in its place."""
@@ -30,9 +27,8 @@ class CallbackTable:
         self._prepare = prepare
         self._ready: dict[str, tuple[Callable[..., Any], PreparedCallable]] = {}
 
-    @property
-    def worker(self) -> WorkerSpec | None:
-        """The worker that runs the callbacks; None: a fresh process runs each task."""
+    async def worker(self, _task_type: str) -> WorkerSpec | None:
+        """Return the worker that is to run a task of this type; None: a fresh process does."""
         return None
 
     def require_any(self) -> None:
@@ -92,22 +88,19 @@ class CallbackTable:
 class SharedCallbacks(CallbackTable):
     """Pickles all callbacks together, for one worker in which they share what they hold."""
 
-    def __init__(
-        self,
-        client: EdgeClient,
-        prepare: Callable[[Callable[..., Any]], PreparedCallable],
-        on_change: Callable[[], None],
-    ) -> None:
-        """Call `on_change` when other callbacks have taken the place of those that were prepared."""
+    def __init__(self, client: EdgeClient, prepare: Callable[[Callable[..., Any]], PreparedCallable]) -> None:
+        """Read the callbacks off `client`; `prepare` is the executor's."""
         super().__init__(client, prepare)
-        self._on_change = on_change
         self._known: dict[str, Callable[..., Any]] = {}
         self._shared: PreparedCallable | None = None
 
-    @property
-    def worker(self) -> WorkerSpec | None:
-        """The worker of the client: what its callbacks keep is kept until it dies."""
-        return CALLBACK_WORKER
+    async def worker(self, task_type: str) -> WorkerSpec | None:
+        """Return the client's worker; when callbacks were replaced, one that has nothing of those before.
+
+        Raises ConfigError and CallbackNotSendable.
+        """
+        # Never ended for being idle: a round may be hours away, and what the callbacks keep would be lost.
+        return WorkerSpec(name="callbacks", idle_seconds=None, edition=(await self.prepared(task_type)).key)
 
     def prepare_all(self) -> None:
         """Make all callbacks ready. Raises CallbackNotSendable that names the one that cannot be sent."""
@@ -121,7 +114,6 @@ class SharedCallbacks(CallbackTable):
         if self._shared is None or now != self._known:
             self._shared = await asyncio.to_thread(self._prepare_together, now)
             self._known = now
-            self._on_change()
         return self._shared
 
     def leading(self, task_type: str) -> tuple[Any, ...]:

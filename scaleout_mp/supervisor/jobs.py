@@ -8,7 +8,7 @@ import dataclasses
 import enum
 import json
 import logging
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from scaleout_mp.client.calls import RequestInfo
 from scaleout_mp.client.values import MAX_JSON
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from scaleout_mp.config import Settings
     from scaleout_mp.executor import Execution, ExecutorCore
+    from scaleout_mp.executor.scheduling import Place
     from scaleout_mp.model import ScaleoutModel
     from scaleout_mp.supervisor.callbacks import CallbackTable
     from scaleout_mp.supervisor.state import StateFolder
@@ -75,8 +76,6 @@ class JobResources:
     tasks: TaskJournal
     #: Where results are kept on their way; None: nowhere.
     state: StateFolder | None
-    #: Jobs that may be past PENDING at once.
-    slots: asyncio.Semaphore
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +119,9 @@ class JobFailedError(ScaleoutError):
 class Job(abc.ABC):
     """One task. `run` never raises for what the task, the model or the network did: it returns an Ending."""
 
+    #: Whether this kind of job needs a process for a callback.
+    runs_callback: ClassVar[bool] = True
+
     def __init__(self, request: pb.TaskRequest, resources: JobResources, *, on_start: Callable[[], None]) -> None:
         """Call `on_start` when the job's turn has come."""
         self.request = request
@@ -128,7 +130,8 @@ class Job(abc.ABC):
         self.execution: Execution | None = None
         self._resources = resources
         self._on_start = on_start
-        self._has_slot = False
+        #: In the executor's line, from the first moment until the result is on its way.
+        self._place: Place | None = None
         #: The result on its way, and how it all ended, once that is so.
         self._result: Ticket | None = None
         self._ended: Ending | None = None
@@ -197,13 +200,13 @@ class Job(abc.ABC):
 
     async def _ending(self) -> Ending:
         try:
-            await self._phase(self._resources.slots.acquire())
-            self._has_slot = True
+            self._place = await self._line_up()
             try:
+                await self._phase(self._resources.core.turn(self._place))
                 self._on_start()
                 return Ending(status=TaskStatus.COMPLETED, response=messages.as_json(await self._perform()))
             finally:
-                self._leave_slot()
+                self._leave_place()
         except _InterruptedError:
             return self._interrupted(self._aborted.result().reason)
         except _TaskEndedError as ended:
@@ -220,6 +223,13 @@ class Job(abc.ABC):
                 extra={"action": "job_bug", "task_id": self.correlation_id},
             )
             return self._failed(f"internal error of the client: {type(error).__name__}: {error}")
+
+    async def _line_up(self) -> Place:
+        core = self._resources.core
+        if not self.runs_callback:
+            return core.line_up_for_slot()
+        worker = await self._phase(self._resources.callbacks.worker(self.request.type))
+        return core.line_up(worker=worker)
 
     @abc.abstractmethod
     async def _perform(self) -> Any:
@@ -244,18 +254,18 @@ class Job(abc.ABC):
             raise _InterruptedError
         return task.result()
 
-    def _leave_slot(self) -> None:
+    def _leave_place(self) -> None:
         """Let the next task begin. Further calls change nothing."""
-        if self._has_slot:
-            self._has_slot = False
-            self._resources.slots.release()
+        place, self._place = self._place, None
+        if place is not None:
+            self._resources.core.leave(place)
 
     async def _hand_over(self, kind: MessageKind, message: Message) -> None:
         """Send the job's result and wait until the combiner has it. Raises the TransportError of a refusal."""
         self._require_not_aborted()
         self.phase = Phase.REPORTING
         # Waiting for the link is no work: it must not keep other tasks from theirs.
-        self._leave_slot()
+        self._leave_place()
         # From here on it counts: a result that may have arrived is not reported as interrupted.
         self._result = self._resources.outbox.put(kind, message, task_id=self.correlation_id)
         self._resources.tasks.sent(self.correlation_id)
@@ -302,7 +312,9 @@ class Job(abc.ABC):
             self._request_info(),
             task_id=self.correlation_id,
             name=callbacks.name(self.request.type),
-            worker=callbacks.worker,
+            worker=None if self._place is None else self._place.worker,
+            state=str(self.request.type),
+            place=self._place,
             on_record=self._on_record,
         )
         try:

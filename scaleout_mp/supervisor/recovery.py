@@ -37,6 +37,8 @@ def recovered_job(task: KnownTask, resources: JobResources, *, on_start: Callabl
 class CutOffJob(Job):
     """Report a task whose process died with the client, once all that it had logged has arrived."""
 
+    runs_callback = False
+
     def __init__(self, task: KnownTask, resources: JobResources, *, on_start: Callable[[], None]) -> None:
         super().__init__(task.request, resources, on_start=on_start)
 
@@ -46,6 +48,8 @@ class CutOffJob(Job):
 
 class KeptResultJob(ModelUpdateJob):
     """Deliver a result that the disk has and the server may not have."""
+
+    runs_callback = False
 
     def __init__(self, task: KnownTask, resources: JobResources, *, on_start: Callable[[], None]) -> None:
         super().__init__(task.request, resources, on_start=on_start)
@@ -70,13 +74,15 @@ class KeptResultJob(ModelUpdateJob):
 class SentResultJob(Job):
     """See a result to its end whose message is in the outbox, or has arrived."""
 
+    runs_callback = False
+
     def __init__(self, task: KnownTask, resources: JobResources, *, on_start: Callable[[], None]) -> None:
         super().__init__(task.request, resources, on_start=on_start)
         self._error = task.error
 
     async def _perform(self) -> None:
         self.phase = Phase.REPORTING
-        self._leave_slot()
+        self._leave_place()
         if self._error is not None:
             raise JobFailedError(self._error)
         kinds = {MessageKind.UPDATE, MessageKind.VALIDATION}

@@ -11,7 +11,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from scaleout_mp.config import Limits, Sandbox, Settings, Surroundings
+from scaleout_mp.config import Limits, Resources, Sandbox, Settings, Surroundings
+from scaleout_mp.config.resources import parse_gpus, parse_memory_budget
 from scaleout_mp.config.sandbox import LevelName, as_sandbox
 from scaleout_mp.errors import (
     AuthenticationError,
@@ -22,7 +23,9 @@ from scaleout_mp.errors import (
     StateError,
     StateInUseError,
 )
-from scaleout_mp.executor.core import default_concurrency
+from scaleout_mp.executor.core import default_concurrency, parse_state_bytes
+from scaleout_mp.executor.scheduling import require_room
+from scaleout_mp.executor.states import MAX_STATE
 from scaleout_mp.executor.worker_handle import Isolation, check_isolation
 from scaleout_mp.supervisor import connecting, messages
 from scaleout_mp.supervisor.blocking import run_blocking
@@ -88,6 +91,10 @@ class GrpcEdgeClientRuntime:
         start_method: Literal["template", "spawn"] = "template",
         sandbox: Sandbox | LevelName = "auto",
         isolation: Isolation = "task",
+        state_bytes: int | str = MAX_STATE,
+        memory_budget: float | str | None = None,
+        gpus: Sequence[int | str] | None = None,
+        resources: Resources | None = None,
         settings: Settings | None = None,
         max_concurrent_tasks: int | None = None,
         heartbeat_interval: float = 2.0,
@@ -101,11 +108,12 @@ class GrpcEdgeClientRuntime:
     ) -> None:
         """Read what is not given from the environment.
 
-        `limits` bound each task. `isolation`: "task", a fresh process for each, or "worker", one process that keeps
-        what the callbacks keep, see docs/isolation.md. `max_concurrent_tasks`: as many as there are processors, at
-        least four. `heartbeat_interval` is in seconds. `echo_output` shows what tasks print. `scratch_folder`,
-        `working_directory`, `environment`, `pass_environment` and `shield` are as for TaskExecutor. `state_dir` is the
-        folder below which the client keeps what must reach the server; ":memory:" for none, as in a notebook.
+        `limits` and `resources` are those of each task. `isolation`: "task", a fresh process for each, or "worker", one
+        process that keeps what the callbacks keep, see docs/isolation.md. `state_bytes` bounds `client.state` of each
+        callback. `max_concurrent_tasks`: as many as there are processors, at least four. `heartbeat_interval` is in
+        seconds. `echo_output` shows what tasks print. `memory_budget`, `gpus`, `scratch_folder`, `working_directory`,
+        `environment`, `pass_environment` and `shield` are as for TaskExecutor. `state_dir` is the folder below which
+        the client keeps what must reach the server; ":memory:" for none, as in a notebook.
         """
         if not heartbeat_interval > 0:
             raise ConfigError(f"heartbeat_interval must be above 0 seconds, not {heartbeat_interval!r}")
@@ -120,6 +128,10 @@ class GrpcEdgeClientRuntime:
         self._sandbox = as_sandbox(sandbox)
         check_isolation(isolation)
         self._isolation = isolation
+        self._state_bytes = parse_state_bytes(state_bytes)
+        self._memory_budget, self._gpus = parse_memory_budget(memory_budget), parse_gpus(gpus)
+        self._resources = resources or Resources()
+        require_room(self.limits, self._resources, memory_budget=self._memory_budget, gpus=self._gpus)
         self._max_concurrent_tasks = default_concurrency() if max_concurrent_tasks is None else max_concurrent_tasks
         self._heartbeat_interval = heartbeat_interval
         self._echo_output = echo_output
@@ -300,6 +312,10 @@ class GrpcEdgeClientRuntime:
             start_method=self._start_method,
             sandbox=self._sandbox,
             isolation=self._isolation,
+            state_bytes=self._state_bytes,
+            memory_budget=self._memory_budget,
+            gpus=self._gpus,
+            resources=self._resources,
             max_concurrent_tasks=self._max_concurrent_tasks,
             heartbeat_interval=self._heartbeat_interval,
             echo_output=self._echo_output,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from scaleout_mp.errors import TransportError
 from scaleout_mp.executor import ExecutorCore
 from scaleout_mp.supervisor import vitals
-from scaleout_mp.supervisor.callbacks import CALLBACK_WORKER, CallbackTable, SharedCallbacks
+from scaleout_mp.supervisor.callbacks import CallbackTable, SharedCallbacks
 from scaleout_mp.supervisor.job_kinds import make_job
 from scaleout_mp.supervisor.jobs import Job, JobResources, Phase
 from scaleout_mp.supervisor.polling import Poller, follow_task_stream
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from scaleout_mp.client import EdgeClient
-    from scaleout_mp.config import Limits, Sandbox, Settings, Surroundings
+    from scaleout_mp.config import Limits, Resources, Sandbox, Settings, Surroundings
     from scaleout_mp.executor.worker_handle import Isolation
     from scaleout_mp.supervisor.state import StateFolder
     from scaleout_mp.transport.calls import CombinerCalls
@@ -76,6 +76,12 @@ class ServicePlan:
     start_method: Literal["template", "spawn"]
     sandbox: Sandbox
     isolation: Isolation
+    #: Bytes.
+    state_bytes: int
+    #: Bytes; None: not counted.
+    memory_budget: int | None
+    gpus: tuple[str, ...] | None
+    resources: Resources
     max_concurrent_tasks: int
     heartbeat_interval: float
     echo_output: bool
@@ -101,6 +107,10 @@ class ClientService:
             limits=plan.limits,
             start_method=plan.start_method,
             sandbox=plan.sandbox,
+            state_bytes=plan.state_bytes,
+            memory_budget=plan.memory_budget,
+            gpus=plan.gpus,
+            resources=plan.resources,
             max_concurrent_tasks=plan.max_concurrent_tasks,
             echo_output=plan.echo_output,
             surroundings=plan.surroundings,
@@ -110,16 +120,16 @@ class ClientService:
         self._tasks = TaskJournal(self._journal)
         self._outbox = Outbox(calls, self._journal, on_refused=self._on_refused)
         self._book = TaskBook(on_told=lambda task: self._tasks.told(task.correlation_id, task.status, task.response))
+        table = CallbackTable if plan.isolation == "task" else SharedCallbacks
         self._resources = JobResources(
             client_id=plan.client_id,
             settings=plan.settings,
             core=self._core,
-            callbacks=self._callback_table(client),
+            callbacks=table(client, self._core.prepare),
             transfer=ModelTransfer(calls),
             outbox=self._outbox,
             tasks=self._tasks,
             state=state,
-            slots=asyncio.Semaphore(plan.max_concurrent_tasks),
         )
         self._announced = False
         self._poller = Poller(
@@ -133,13 +143,6 @@ class ClientService:
         self._jobs: dict[str, tuple[Job, asyncio.Task[None]]] = {}
         self._end: asyncio.Future[None] = self._loop.create_future()
         self._end_now: asyncio.Future[None] = self._loop.create_future()
-
-    def _callback_table(self, client: EdgeClient) -> CallbackTable:
-        if self._plan.isolation == "task":
-            return CallbackTable(client, self._core.prepare)
-        return SharedCallbacks(
-            client, self._core.prepare, on_change=lambda: self._core.retire_worker(CALLBACK_WORKER.name)
-        )
 
     # The run
 

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from scaleout_mp.errors import ChannelError, StoppedException
 from scaleout_mp.ipc import frames
@@ -31,15 +31,23 @@ class Line(Protocol):
     def close(self) -> None: ...  # noqa: D102
 
 
+class State(Protocol):
+    """What a context needs of the state that tasks hand on."""
+
+    def values(self) -> dict[Any, Any]: ...  # noqa: D102
+    def keep(self) -> None: ...  # noqa: D102
+
+
 class ChannelContext:
     """`TaskContext` over the control channel."""
 
-    def __init__(self, channel: Line, task_id: str, *, progress_every: float = 0.0) -> None:
+    def __init__(self, channel: Line, task_id: str, *, progress_every: float = 0.0, state: State | None = None) -> None:
         """`progress_every` is the time in seconds between two signs of life; 0: nobody waits for them."""
         self._channel = channel
         self._task_id = task_id
         self._main_thread = threading.get_ident()
         self._abort_reason: str | None = None
+        self._state = state
         self._progress_every = progress_every
         self._next_progress = 0.0
 
@@ -51,6 +59,18 @@ class ChannelContext:
     def close(self) -> None:
         """Give up this process's copy of the channel."""
         self._channel.close()
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        """What the tasks of this state's name hand on to each other. Raises RuntimeError when there is none."""
+        if self._state is None:
+            raise RuntimeError("this task keeps no state: submit it with state=NAME")
+        return self._state.values()
+
+    def keep_state(self) -> None:
+        """Send the state for the next task, if this one has touched it. Raises ValueNotSendable."""
+        if self._state is not None:
+            self._state.keep()
 
     def end(self) -> None:
         """Called once the callable has returned or raised, before the supervisor hears of it."""

@@ -17,6 +17,7 @@ from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.frames import MAX_LOADED, Frame, Kind
 from scaleout_mp.worker import task
 from scaleout_mp.worker.context import ChannelContext, enter
+from scaleout_mp.worker.state import LivingState
 
 if TYPE_CHECKING:
     import io
@@ -59,9 +60,9 @@ class _TaskChannel:
 class ResidentContext(ChannelContext):
     """The context of one of several tasks. It stays this process's context until the next one begins."""
 
-    def __init__(self, channel: ChildChannel, task_id: str, *, progress_every: float) -> None:
+    def __init__(self, channel: ChildChannel, task_id: str, *, progress_every: float, state: dict[Any, Any]) -> None:
         self._own = _TaskChannel(channel)
-        super().__init__(self._own, task_id, progress_every=progress_every)
+        super().__init__(self._own, task_id, progress_every=progress_every, state=LivingState(state))
 
     def begin(self) -> None:
         """Say that the callable begins: what a process dies of before that is not this task's doing."""
@@ -91,6 +92,8 @@ class _Callables:
         #: None: it was loaded.
         self._loaders: dict[str, Callable[[], Callable[..., Any]] | None] = {}
         self._loaded: dict[str, Callable[..., Any]] = {}
+        #: What tasks hand on, by the name that they have for it.
+        self.states: dict[str, dict[Any, Any]] = {}
 
     def keep(self, key: str, loader: Callable[[], Callable[..., Any]]) -> None:
         self._loaders[key] = loader
@@ -158,8 +161,10 @@ def _serve(channel: ChildChannel, callables: _Callables, confinement: Confinemen
 
 
 def _serve_task(channel: ChildChannel, callables: _Callables, confinement: Confinement, frame: Frame) -> int:
-    task_id, packed, key, progress_every = frame.fields
-    context = ResidentContext(channel, task_id, progress_every=progress_every)
+    task_id, packed, key, progress_every, state = frame.fields
+    context = ResidentContext(
+        channel, task_id, progress_every=progress_every, state=callables.states.setdefault(state, {})
+    )
     enter(context, log_level=confinement.log_level)
     call = task.Call(channel, context, lambda: callables.load(key), lambda _: None)
     return task.run_callable(call, packed, frame.descriptors)

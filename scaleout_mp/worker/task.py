@@ -23,6 +23,7 @@ from scaleout_mp.ipc.frames import Frame, Kind
 from scaleout_mp.sandbox import process
 from scaleout_mp.worker import failures
 from scaleout_mp.worker.context import ChannelContext, enter
+from scaleout_mp.worker.state import KeptState
 
 if TYPE_CHECKING:
     import io
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from scaleout_mp.sandbox.confinement import Confinement
     from scaleout_mp.worker.script import Script
+    from scaleout_mp.worker.state import Send
 
 #: Where the channel lies in a task's process; 0, 1 and 2 are the standard streams.
 CHANNEL_DESCRIPTOR: Final = 3
@@ -84,9 +86,10 @@ def run(
     code = 1
     try:
         frame = _first_frame(channel)
-        task_id, packed = frame.fields
+        task_id, packed, state = frame.fields
         prepare_interpreter(streams)
-        context = ChannelContext(channel, task_id, progress_every=confinement.progress_every)
+        kept = None if state is None else _kept_state(state, frame.descriptors, channel.send)
+        context = ChannelContext(channel, task_id, progress_every=confinement.progress_every, state=kept)
         enter(context, log_level=confinement.log_level)
         code = run_callable(Call(channel, context, load, script.apply_main), packed, frame.descriptors)
     except ChannelError:
@@ -102,6 +105,13 @@ def open_channel() -> ChildChannel:
     """Return this process's end of its control channel."""
     # With the family given, the socket module does not ask the kernel for it.
     return ChildChannel(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, CHANNEL_DESCRIPTOR))
+
+
+def _kept_state(fields: list[Any], descriptors: list[int], send: Send) -> KeptState:
+    name, most, packed = fields
+    # Behind those of the arguments.
+    own = [descriptors.pop()] if packed is not None and packed[0] else []
+    return KeptState(name, most, packed, own, send)
 
 
 def _first_frame(channel: ChildChannel) -> Frame:
@@ -171,6 +181,7 @@ def run_callable(call: Call, packed: Any, descriptors: list[int]) -> int:
             # A process that the callable forked has come back from it as well. Only one of them is the task.
             return 0
         with values.encode(value) as encoded:
+            call.context.keep_state()
             call.context.end()
             channel.send(
                 frames.encode(Kind.RESULT, encoded.table, descriptors=len(encoded.descriptors)),

@@ -11,10 +11,9 @@ import time
 import msgpack
 import numpy as np
 import programs
-import psutil
 import pytest
 import resident_programs as workers
-from observing import open_descriptors, wait_until
+from observing import gone, open_descriptors, wait_until
 
 from scaleout_mp import ConfigError, EndReason, Limits, ScaleoutModel, TaskExecutor, TaskFailed
 from scaleout_mp.ipc import frames
@@ -45,10 +44,6 @@ def worker(executor, request):
 
 def ready(task):
     return next(task.records())
-
-
-def gone(pid):
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 # --- What stays ------------------------------------------------------------------------------------------------------

@@ -166,3 +166,21 @@ def environ(parameters):
 
 def answer(parameters):
     return {"ok": True}
+
+
+class Stateful:
+    """Callbacks that keep something in `client.state`."""
+
+    def __init__(self, client):
+        self.client = client
+
+    def train(self, model, settings):
+        state = self.client.state
+        state["momentum"] = state.get("momentum", np.zeros(3)) + 1
+        if settings.get("crash"):
+            ctypes.string_at(0)
+        return result(model, momentum=state["momentum"].tolist(), pid=os.getpid())
+
+    def look(self, parameters):
+        self.client.state["looked"] = self.client.state.get("looked", 0) + 1
+        return dict(self.client.state)

@@ -85,3 +85,22 @@ def test_a_callback_that_is_replaced_starts_anew(net):
 def test_a_mode_that_there_is_not_is_refused():
     with pytest.raises(ConfigError, match="isolation"):
         GrpcEdgeClientRuntime(isolation="thread")
+
+
+@pytest.mark.parametrize("isolation", ["task", "worker"])
+def test_client_state_is_each_callbacks_own_and_survives(net, model_id, isolation):
+    with RunningClient(net, isolation=isolation) as edge:
+        stateful = callbacks.Stateful(edge.client)
+        edge.client.set_train_callback(stateful.train)
+        edge.client.set_custom_callback("look", stateful.look)
+        ends = [
+            run_to_end(net, edge, "Scaleout_ModelUpdate", model_id=model_id, settings=settings)[0]
+            for settings in ({}, {}, {"crash": True}, {})
+        ]
+        looked = [run_to_end(net, edge, "Custom_look")[1] for _ in range(2)]
+    assert ends == ["COMPLETED", "COMPLETED", "FAILED", "COMPLETED"]
+    updates = [update.meta for update in net.events.of(UpdateReceived)]
+    # A crash costs what that task did to it; in a worker, all of it.
+    assert [meta["momentum"][0] for meta in updates] == ([1, 2, 3] if isolation == "task" else [1, 2, 1])
+    assert len({meta["pid"] for meta in updates}) == (3 if isolation == "task" else 2)
+    assert looked == [{"looked": 1}, {"looked": 2}]
