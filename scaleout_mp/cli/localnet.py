@@ -17,7 +17,7 @@ from scaleout_mp.errors import ModelFormatError
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from scaleout_mp.localnet import SessionPlan, SessionResult
+    from scaleout_mp.localnet import FaultOrder, SessionPlan, SessionResult
     from scaleout_mp.model import ScaleoutModel
 
 _PORT = click.IntRange(0, 65535)
@@ -37,6 +37,25 @@ _COUNT = click.IntRange(min=1)
 @click.option("--api-port", type=_PORT, default=8092, show_default=True, help="Port of the REST API; 0: any.")
 @click.option("--combiner-port", type=_PORT, default=12080, show_default=True, help="Port of the combiner; 0: any.")
 @click.option("--token", help="What clients must give as their token.  [default: every client may join]")
+@click.option("--auth", is_flag=True, help="Clients need a token; one of each kind is made and shown.")
+@click.option(
+    "--token-lifetime",
+    type=_SECONDS,
+    default=3600.0,
+    show_default=True,
+    help="Seconds that an access token is good for.",
+)
+@click.option("--tls", is_flag=True, help="Speak TLS, with certificates made in the folder.")
+@click.option("--client-certs", is_flag=True, help="Speak TLS, and let in who shows a certificate; one is made.")
+@click.option("--delay", type=_SECONDS, help="Hold up every call of the combiner and the API by so many seconds.")
+@click.option("--loss", type=click.FloatRange(0, 100), help="Let so many percent of the combiner's calls fail.")
+@click.option("--fault", "faults", multiple=True, help='Let calls fail: "Download:truncate=1000,times=3". Repeatable.')
+@click.option(
+    "--restart-every", type=_SECONDS, help="Take the combiner away for a while, so many seconds after it came."
+)
+@click.option(
+    "--down", type=_SECONDS, default=3.0, show_default=True, help="Seconds that --restart-every takes it away."
+)
 @click.option("--rounds", type=_COUNT, help="Run a session of so many rounds, then end.")
 @click.option(
     "--seed",
@@ -56,6 +75,15 @@ def localnet(
     api_port: int,
     combiner_port: int,
     token: str | None,
+    auth: bool,
+    token_lifetime: float,
+    tls: bool,
+    client_certs: bool,
+    delay: float | None,
+    loss: float | None,
+    faults: tuple[str, ...],
+    restart_every: float | None,
+    down: float,
     rounds: int | None,
     seed: Path | None,
     min_clients: int,
@@ -72,12 +100,13 @@ def localnet(
       scaleout-mp localnet
       scaleout-mp localnet --seed seed.npz --rounds 5 --min-clients 2 --min-updates 2
       scaleout-mp localnet --folder ./network --token secret --api-port 0
+      scaleout-mp localnet --auth --tls --loss 20 --fault "Upload:refuse,share=0.5"
     """  # noqa: D301 - click reads the \b
     require_extra("localnet")
     if (rounds is None) != (seed is None):
         raise click.UsageError("--rounds and --seed go together: a session needs both")
     configure_logging(ctx)
-    from scaleout_mp.localnet import SessionPlan, serve
+    from scaleout_mp.localnet import SessionPlan, Tls, serve
 
     session = None
     if rounds is not None:
@@ -91,10 +120,30 @@ def localnet(
         api_port=api_port,
         combiner_port=combiner_port,
         token=token,
+        auth=auth,
+        token_lifetime=token_lifetime,
+        tls=Tls.MUTUAL if client_certs else Tls.ON if tls else Tls.OFF,
+        faults=_faults(faults, delay=delay, loss=loss),
+        restart=None if restart_every is None else (restart_every, down),
         session=session,
         seed=None if seed is None else open_seed(seed),
     )
     return asyncio.run(_until_signal(work, session))
+
+
+def _faults(texts: tuple[str, ...], *, delay: float | None, loss: float | None) -> list[FaultOrder]:
+    import grpc
+
+    from scaleout_mp.localnet import Fault, FaultOrder, read_fault
+
+    orders = [read_fault(text) for text in texts]
+    if delay is not None:
+        orders.append(FaultOrder(methods="*", fault=Fault(delay=delay)))
+    if loss is not None:
+        # The REST API's calls are lower-case: who cannot connect sees no more faults.
+        lost = Fault(code=grpc.StatusCode.UNAVAILABLE, details="lost, as ordered by --loss")
+        orders.append(FaultOrder(methods="[A-Z]*", fault=lost, share=loss / 100))
+    return orders
 
 
 async def _until_signal(work: Coroutine[None, None, SessionResult | None], session: SessionPlan | None) -> int:

@@ -2,6 +2,7 @@
 
 from scaleout_mp.localnet.certificates import CertificateAuthority, CertificateFiles, ServerTls
 from scaleout_mp.localnet.event_log import EventLog
+from scaleout_mp.localnet.fault_text import FaultOrder, read_fault
 from scaleout_mp.localnet.faults import Fault, FaultPlan
 from scaleout_mp.localnet.network import LocalNetwork
 from scaleout_mp.localnet.registry import ClientInfo, ClientState
@@ -13,7 +14,7 @@ from scaleout_mp.localnet.results import (
     UpdateResult,
     ValidationResult,
 )
-from scaleout_mp.localnet.serve import serve
+from scaleout_mp.localnet.serve import Tls, serve
 from scaleout_mp.localnet.tasks import IssuedTask, TaskOutcome
 from scaleout_mp.localnet.thread import LocalNetworkThread, ThreadIssuedTask
 from scaleout_mp.localnet.tokens import TokenKind
@@ -25,6 +26,7 @@ __all__ = [
     "ClientState",
     "EventLog",
     "Fault",
+    "FaultOrder",
     "FaultPlan",
     "IssuedTask",
     "LocalNetwork",
@@ -36,8 +38,10 @@ __all__ = [
     "SessionResult",
     "TaskOutcome",
     "ThreadIssuedTask",
+    "Tls",
     "TokenKind",
     "UpdateResult",
     "ValidationResult",
+    "read_fault",
     "serve",
 ]

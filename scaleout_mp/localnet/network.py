@@ -239,6 +239,16 @@ class LocalNetwork:
         self._parts.registry.forgive()
         await self._combiner.start(host=self._host, port=self._combiner.port)
 
+    async def restart_often(self, *, every: float, down: float) -> None:
+        """Take the combiner away for `down` seconds, again and again, `every` seconds after it came. For ever."""
+        while True:
+            await asyncio.sleep(every)
+            await self.stop_combiner()
+            try:
+                await asyncio.sleep(down)
+            finally:
+                await self.restart_combiner()
+
     async def _watch_clients(self) -> None:
         while True:
             registry = self._parts.registry

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import os
 import signal
@@ -29,6 +28,7 @@ from scaleout_mp.executor.states import MAX_STATE
 from scaleout_mp.executor.worker_handle import Isolation, check_isolation
 from scaleout_mp.supervisor import connecting, messages
 from scaleout_mp.supervisor.blocking import run_blocking
+from scaleout_mp.supervisor.given_token import GivenToken
 from scaleout_mp.supervisor.service import ABORTED_BY_CLIENT, ClientService, ServicePlan
 from scaleout_mp.supervisor.snapshot import ClientSnapshot
 from scaleout_mp.supervisor.state import IN_MEMORY, StateFolder
@@ -44,10 +44,8 @@ from scaleout_mp.transport.backoff import Backoff
 from scaleout_mp.transport.calls import CombinerCalls
 from scaleout_mp.transport.channel import CallCredentials, GrpcTls, open_channel
 from scaleout_mp.transport.diagnosis import tls_trouble
-from scaleout_mp.transport.http import endpoint
 from scaleout_mp.transport.link import LinkWatch
 from scaleout_mp.transport.rest import Assignment, AssignmentAnswer, request_assignment
-from scaleout_mp.transport.tokens import token_source
 from scaleout_mp.transport.transfer import ModelTransfer
 
 if TYPE_CHECKING:
@@ -58,22 +56,11 @@ if TYPE_CHECKING:
     from scaleout_mp.client import ConnectToApiResult, EdgeClient, GrpcConnectionOptions
     from scaleout_mp.model import ScaleoutModel
     from scaleout_mp.transport.message import MessageKind
-    from scaleout_mp.transport.tokens import TokenSource
 
 logger = logging.getLogger(__name__)
 
 #: What a program may log before `run`; more is refused.
 _MAX_EARLY: Final = 10_000
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _GivenToken:
-    """A token as the user gave it, and what gives access tokens for it."""
-
-    token: str = dataclasses.field(repr=False)
-    #: The API's address; None for a token that needs none.
-    where: str | None
-    source: TokenSource
 
 
 class GrpcEdgeClientRuntime:
@@ -147,7 +134,7 @@ class GrpcEdgeClientRuntime:
         self._api_url: str | None = None
         self._moments = messages.Moments()
         self._options: GrpcConnectionOptions | None = None
-        self._given: _GivenToken | None = None
+        self._token = GivenToken(self.settings)
         # Guards what other threads touch while `run` comes and goes.
         self._lock = threading.Lock()
         self._running = False
@@ -168,33 +155,6 @@ class GrpcEdgeClientRuntime:
 
     # Connecting
 
-    def _token_source(
-        self,
-        token: str | None,
-        url: str | None,
-        on_refresh: Callable[..., None] | None,
-        given: Mapping[str, Any] | None = None,
-    ) -> TokenSource | None:
-        # The source of a token that was given before is kept: its refresh token may have been rotated since.
-        known = self._given
-        where = endpoint(url, "") if url else None
-        if token and (known is None or known.token != token or where not in {None, known.where}):
-            # What the user gave and no more: an enrolling client without an id gets one from the server.
-            name, client_id = (given or {}).get("name"), (given or {}).get("client_id")
-            source = token_source(
-                token,
-                url,
-                settings=self.settings,
-                name=name or self.client.name,
-                client_id=client_id or self.client.client_id,
-            )
-            known = self._given = _GivenToken(token=token, where=where, source=source)
-        if known is None:
-            return None
-        if on_refresh is not None:
-            known.source.tell(on_refresh)
-        return known.source
-
     def connect_to_api(
         self,
         url: str,
@@ -206,7 +166,7 @@ class GrpcEdgeClientRuntime:
         self._api_url = url
         payload = connecting.assignment_payload(self.client, json, self.settings)
         try:
-            tokens = self._token_source(token, url, token_refresh_callback, json)
+            tokens = self._token.take(token, url, token_refresh_callback, client=self.client, given=json)
             answer = request_assignment(url, payload, settings=self.settings, tokens=tokens)
         except ConfigError as error:
             answer = AssignmentAnswer(outcome=Assignment.WRONG_URL, message=str(error))
@@ -223,7 +183,7 @@ class GrpcEdgeClientRuntime:
     ) -> bool:
         """Keep where the combiner is and ask it whether it takes this client; see EdgeClient."""
         try:
-            self._token_source(token, url, token_refresh_callback)
+            self._token.take(token, url, token_refresh_callback, client=self.client)
             self._options = config
             if self.settings.check_version:
                 run_blocking(self._check_version)
@@ -275,7 +235,7 @@ class GrpcEdgeClientRuntime:
         credentials = CallCredentials(
             client_id=self.client.client_id or "",
             name=self.client.name or self.client.client_id or "",
-            tokens=None if self._given is None else self._given.source,
+            tokens=self._token.source,
             scheme=self.settings.auth_scheme,
         )
         return CombinerCalls(channel, credentials, backoff=backoff, link=link)
@@ -287,7 +247,7 @@ class GrpcEdgeClientRuntime:
 
     def get_access_token(self) -> str | None:
         """Return the access token that is in use, refreshed where needed; None without one."""
-        return None if self._given is None else self._given.source.access_token()
+        return None if self._token.source is None else self._token.source.access_token()
 
     # Running
 

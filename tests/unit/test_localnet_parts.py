@@ -15,6 +15,7 @@ from scaleout_mp.errors import AuthenticationError, ConfigError, ModelFormatErro
 from scaleout_mp.localnet.aggregation import FedAvg, num_examples
 from scaleout_mp.localnet.event_log import EventLog
 from scaleout_mp.localnet.events import ClientAssigned, HeartbeatReceived, TaskEnded
+from scaleout_mp.localnet.fault_text import FaultOrder, read_fault
 from scaleout_mp.localnet.faults import Fault, FaultPlan
 from scaleout_mp.localnet.model_calls import serialize_chunk
 from scaleout_mp.localnet.model_files import ModelFiles
@@ -130,6 +131,42 @@ def test_standing_faults_hit_a_share_and_delays_add_up():
         faults.always("*", Fault(), share=20)
     faults.clear()
     assert faults.take("Download", "c") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "order"),
+    [
+        (
+            "Download:truncate=1000,times=3",
+            FaultOrder(methods="Download", fault=Fault(truncate=1000), times=3),
+        ),
+        (
+            "Send*:code=unavailable,share=0.2,after",
+            FaultOrder(methods="Send*", fault=Fault(code=grpc.StatusCode.UNAVAILABLE, after=True), share=0.2),
+        ),
+        ("auth/refresh:status=503, delay=0.5", FaultOrder(methods="auth/refresh", fault=Fault(status=503, delay=0.5))),
+    ],
+)
+def test_faults_are_read_as_people_write_them(text, order):
+    assert read_fault(text) == order
+    plan = FaultPlan(seed=1)
+    order.place(plan)
+    method = order.methods.replace("*", "Status")
+    assert any(plan.take(method, "c") == order.fault for _ in range(100))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "Download", "Download:", ":delay=1", "X:what=1"),
+        *("X:delay=-1", "X:delay=nan", "X:code=BAD", "X:status=200", "X:corrupt=maybe", "X:truncate=-1"),
+        *("X:share=2", "X*:times=2", "X:times=2,share=0.5", "X:times=0"),
+    ],
+)
+def test_what_is_no_fault_is_one_line(text):
+    with pytest.raises(ConfigError, match="a fault is written like") as caught:
+        read_fault(text)
+    assert "\n" not in str(caught.value)
 
 
 @given(st.text())
