@@ -83,6 +83,10 @@ def _rebuild_not_sendable(message: str, callback: str, culprit: str) -> Callback
     return CallbackNotSendable(message, callback=callback, culprit=culprit)
 
 
+class PackageError(ConfigError):
+    """A compute package cannot be used."""
+
+
 class LauncherError(ScaleoutError):
     """A task process could not be started."""
 

@@ -249,6 +249,11 @@ class EdgeClient:
         elif self._has_runtime:
             self._runtime.check_task_abort()
 
+    def use_runtime(self, runtime: EdgeClientRuntime) -> None:
+        """Have `runtime` in the place of the one from before. Called by who makes the client, before it is used."""
+        self._given_runtime = runtime
+        self._has_runtime = True
+
     @property
     def _runtime(self) -> EdgeClientRuntime:
         if self._given_runtime is None:

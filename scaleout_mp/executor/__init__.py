@@ -2,6 +2,7 @@
 
 from scaleout_mp.executor.core import ExecutorCore
 from scaleout_mp.executor.execution import Execution, Outcome
+from scaleout_mp.executor.interpreter import Environment, Interpreter
 from scaleout_mp.executor.launcher import Child, Exited, Launcher, Started, StartOrder
 from scaleout_mp.executor.residents import SetUp, WorkerSpec
 from scaleout_mp.executor.task_executor import Task, TaskExecutor
@@ -10,9 +11,11 @@ from scaleout_mp.ipc.arguments import PreparedCallable
 
 __all__ = [
     "Child",
+    "Environment",
     "Execution",
     "ExecutorCore",
     "Exited",
+    "Interpreter",
     "Launcher",
     "Outcome",
     "PreparedCallable",

@@ -17,7 +17,7 @@ from scaleout_mp.executor.execution import Execution, ExecutionPlan
 from scaleout_mp.executor.output import OutputRelay
 from scaleout_mp.executor.resident_execution import ResidentExecution
 from scaleout_mp.executor.residents import ResidentPool
-from scaleout_mp.executor.scheduling import Demand, Ledger, Line, Place
+from scaleout_mp.executor.scheduling import NOTHING, Demand, Ledger, Line, Place
 from scaleout_mp.executor.scratch import ScratchKeeper
 from scaleout_mp.executor.states import MAX_STATE, StateStore
 from scaleout_mp.executor.template import StartMethod, TemplateLauncher, TemplatePlace
@@ -32,6 +32,7 @@ from scaleout_mp.task import AbortOrigin, Record, TaskState
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from scaleout_mp.executor.interpreter import Interpreter
     from scaleout_mp.executor.launcher import Launcher
     from scaleout_mp.executor.residents import WorkerSpec
 
@@ -242,6 +243,13 @@ class ExecutorCore:
         """End the processes of a worker that have nothing to do: they are not needed any more."""
         self._residents.retire(name)
 
+    async def renew(self, interpreter: Interpreter) -> None:
+        """Run tasks that are ordered from now on in `interpreter`, which has loaded nothing of what was sent before.
+
+        Those that run go on. Raises LauncherError.
+        """
+        await self._launcher.renew(interpreter)
+
     # Turns
 
     def line_up(
@@ -267,6 +275,11 @@ class ExecutorCore:
         place = Place(demand=Demand(), worker=None, fits=lambda _: False)
         self._line.enter(place)
         return place
+
+    @staticmethod
+    def place_apart() -> Place:
+        """Return a place outside the line, with nothing of the machine, for a task that those in line wait for."""
+        return Place(demand=Demand(), worker=None, fits=lambda _: False, holding=NOTHING, at_work=True)
 
     @staticmethod
     async def turn(place: Place) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import asyncio
 
+    from scaleout_mp.executor.interpreter import Interpreter
     from scaleout_mp.ipc.arguments import PreparedCallable
     from scaleout_mp.sandbox.confinement import Confinement
 
@@ -75,6 +76,13 @@ class Launcher(Protocol):
         """Give up on an order whose process does not appear; its futures raise soon after.
 
         Called when the task is to stop. It may cost other tasks: a launcher that is stuck serves none.
+        """
+        ...
+
+    async def renew(self, interpreter: Interpreter) -> None:
+        """Load everything anew, in `interpreter`, for what is started from now on.
+
+        What runs goes on. Raises LauncherError.
         """
         ...
 

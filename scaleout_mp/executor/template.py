@@ -15,6 +15,7 @@ import scaleout_mp
 from scaleout_mp.config import Sandbox
 from scaleout_mp.config.machine import THREAD_VARIABLES, wanted_threads
 from scaleout_mp.errors import LauncherError, ProtocolViolation
+from scaleout_mp.executor.interpreter import Interpreter
 from scaleout_mp.executor.launcher import Child, Exited, Started, StartOrder
 from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.channel import channel_pair, close_all
@@ -23,7 +24,7 @@ from scaleout_mp.ipc.loop_channel import SupervisorChannel
 from scaleout_mp.sandbox.layers import Rules
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from scaleout_mp.ipc.arguments import PreparedCallable
 
@@ -65,6 +66,8 @@ class _Life:
     #: What this machine refuses of the level.
     missing: tuple[str, ...] = ()
     closing: bool = False
+    #: Another one has taken its place; it ends with the last of its children.
+    retired: bool = False
     #: It hung in user code.
     abandoned: bool = False
 
@@ -90,11 +93,13 @@ class TemplateLauncher:
         self._threads = threads or wanted_threads()
         self._start_method = start_method
         self._preload = list(preload)
+        self._interpreter = Interpreter()
         self._life: _Life | None = None
+        self._retired: list[_Life] = []
         self._said_fallback = False
         #: What a template missed: the next one will miss it as well.
         self._said: set[str] = set()
-        self._burials: set[asyncio.Task[None]] = set()
+        self._burials: set[asyncio.Task[object]] = set()
 
     @property
     def pid(self) -> int | None:
@@ -109,6 +114,29 @@ class TemplateLauncher:
     async def open(self) -> None:
         """Start the template and wait until it has preloaded."""
         await asyncio.shield(self._alive().ready)
+
+    async def renew(self, interpreter: Interpreter) -> None:
+        """Start another template, which has loaded nothing; the old one ends with the last of its children."""
+        self._interpreter = interpreter
+        life, self._life = self._life, None
+        if life is not None and life.channel.open:
+            life.retired = True
+            self._retired.append(life)
+            self._end_if_empty(life)
+        self._said_fallback = False
+        await self.open()
+
+    def _end_if_empty(self, life: _Life) -> None:
+        if life.retired and not life.children and not life.closing:
+            life.closing = True
+            self._retired.remove(life)
+            life.channel.close()
+            self._keep(_ended(life.process))
+
+    def _keep(self, burial: Coroutine[Any, Any, object]) -> None:
+        task = asyncio.get_running_loop().create_task(burial)
+        self._burials.add(task)
+        task.add_done_callback(self._burials.discard)
 
     def start(self, order: StartOrder) -> Child:
         """Order a process; a template that died is started anew first."""
@@ -138,14 +166,21 @@ class TemplateLauncher:
         if self._life is not None and self._life.channel.open:
             return self._life
         place = self._place()
+        interpreter = self._interpreter
         ours, theirs = channel_pair()
         with theirs:
             # Through vfork and exec, never a plain fork: this process may have gRPC's threads.
             process = subprocess.Popen(
                 # -P: a module of the user's folder must not stand in for one of the standard library.
-                [sys.executable, "-P", "-m", "scaleout_mp.worker.template", place.scratch],
+                [
+                    _executable(interpreter),
+                    "-P",
+                    "-m",
+                    "scaleout_mp.worker.template",
+                    place.scratch,
+                ],
                 stdin=theirs.fileno(),
-                env=_template_environment(place.environment),
+                env=_template_environment(place.environment, interpreter),
                 # Out of reach of what a terminal, or `timeout`, sends to a process group.
                 start_new_session=True,
             )
@@ -166,7 +201,7 @@ class TemplateLauncher:
                 Kind.SETUP,
                 self._start_method == "spawn",
                 self._preload,
-                _script_fields(),
+                interpreter.script_fields(_script_fields()),
                 self._threads,
                 _rules(self._sandbox, place).to_fields(),
             )
@@ -227,11 +262,13 @@ class TemplateLauncher:
 
     def _on_not_started(self, life: _Life, task_id: str, problem: str) -> None:
         self._fail(life.children.pop(task_id), problem)
+        self._end_if_empty(life)
 
     def _on_exited(self, life: _Life, task_id: str, facts: dict[str, Any]) -> None:
         child = life.children.pop(task_id)
         if not child.exited.done():
             child.exited.set_result(Exited(**facts))
+        self._end_if_empty(life)
 
     @staticmethod
     def _fail(child: Child, problem: str) -> None:
@@ -243,9 +280,9 @@ class TemplateLauncher:
         if life is self._life:
             self._life = None
         if not life.closing:
-            burial = asyncio.get_running_loop().create_task(self._bury(life, violation))
-            self._burials.add(burial)
-            burial.add_done_callback(self._burials.discard)
+            if life.retired:
+                self._retired.remove(life)
+            self._keep(self._bury(life, violation))
 
     async def _bury(self, life: _Life, violation: ProtocolViolation | None) -> None:
         """Wait until nothing of a template is left, and tell whoever waits for it."""
@@ -265,8 +302,9 @@ class TemplateLauncher:
 
     def abandon(self, task_id: str) -> None:
         """End a template that hangs in user code while it loads a callback."""
-        life = self._life
-        if life is None or task_id not in life.children or life.children[task_id].started.done():
+        lives = [*self._retired, *filter(None, [self._life])]
+        life = next((life for life in lives if task_id in life.children), None)
+        if life is None or life.children[task_id].started.done():
             return
         life.abandoned = True
         # The guardian sees it, whatever the template is at.
@@ -274,8 +312,8 @@ class TemplateLauncher:
 
     async def close(self) -> None:
         """End the template; every process that it still has ends with it."""
-        life = self._life
-        if life is not None:
+        lives, self._retired = [*self._retired, *filter(None, [self._life])], []
+        for life in lives:
             life.closing = True
             life.channel.close()
             await _ended(life.process)
@@ -312,10 +350,17 @@ async def _ended(process: subprocess.Popen[bytes]) -> int:
         return await asyncio.to_thread(process.wait)
 
 
-def _template_environment(environment: Mapping[str, str]) -> dict[str, str]:
+def _executable(interpreter: Interpreter) -> str:
+    return sys.executable if interpreter.environment is None else interpreter.environment.executable
+
+
+def _template_environment(environment: Mapping[str, str], interpreter: Interpreter) -> dict[str, str]:
     """Add what the template itself needs; it puts PYTHONPATH back once it has found this package."""
-    package_root = os.path.dirname(os.path.dirname(scaleout_mp.__file__))
-    search_path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), package_root]))
+    if interpreter.environment is not None:
+        search_path = interpreter.environment.package_root
+    else:
+        package_root = os.path.dirname(os.path.dirname(scaleout_mp.__file__))
+        search_path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), package_root]))
     return {**environment, **dict.fromkeys(THREAD_VARIABLES, "1"), "PYTHONPATH": search_path}
 
 

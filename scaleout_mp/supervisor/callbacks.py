@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.client.calls import CallbackSet, CustomCall, TrainCall, ValidateCall
 from scaleout_mp.client.values import callback_name
@@ -18,7 +19,43 @@ if TYPE_CHECKING:
     from scaleout_mp.executor import PreparedCallable
 
 
-class CallbackTable:
+#: Name of the worker that runs callbacks.
+CALLBACK_WORKER: Final = "callbacks"
+
+
+class Callbacks(abc.ABC):
+    """What runs the tasks of each type."""
+
+    def require_any(self) -> None:  # noqa: B027 - what can be said before the executor runs
+        """Raise ConfigError, in one line, when the client could not serve a single task."""
+
+    def prepare_all(self) -> None:  # noqa: B027
+        """Make ready what can be made ready before the executor runs. Raises CallbackNotSendable."""
+
+    async def open(self) -> None:  # noqa: B027 - most have nothing to open
+        """Get ready to run tasks; called once the executor runs."""
+
+    async def aclose(self) -> None:  # noqa: B027
+        """End what `open` began."""
+
+    @abc.abstractmethod
+    async def worker(self, task_type: str) -> WorkerSpec | None:
+        """Return the worker that is to run a task of this type; None: a fresh process does. Raises as `prepared`."""
+
+    @abc.abstractmethod
+    async def prepared(self, task_type: str) -> PreparedCallable:
+        """Return what runs a task of this type. Raises a ScaleoutError when nothing does, or it cannot be sent."""
+
+    @abc.abstractmethod
+    def leading(self, task_type: str) -> tuple[Any, ...]:
+        """Return the arguments that what is `prepared` takes before those of the task."""
+
+    @abc.abstractmethod
+    def name(self, task_type: str) -> str:
+        """Return a task's name for people: its type and what runs."""
+
+
+class CallbackTable(Callbacks):
     """Pickles each callback once, and again only when the client has another one in its place."""
 
     def __init__(self, client: EdgeClient, prepare: Callable[[Callable[..., Any]], PreparedCallable]) -> None:
@@ -28,7 +65,7 @@ class CallbackTable:
         self._ready: dict[str, tuple[Callable[..., Any], PreparedCallable]] = {}
 
     async def worker(self, _task_type: str) -> WorkerSpec | None:
-        """Return the worker that is to run a task of this type; None: a fresh process does."""
+        """Return None: a fresh process runs each task."""
         return None
 
     def require_any(self) -> None:
@@ -77,12 +114,7 @@ class CallbackTable:
         for known, callback in self._registered():
             if known == task_type:
                 return callback
-        what = {TaskType.MODEL_UPDATE.value: "train callback", TaskType.VALIDATION.value: "validate callback"}
-        if task_type in what:
-            raise ConfigError(f"this client has no {what[task_type]}")
-        if task_type.startswith(CUSTOM_PREFIX):
-            raise ConfigError(f"this client has no custom callback for {task_type}")
-        raise ConfigError(f"this client does not know tasks of type {task_type!r}")
+        raise missing(task_type)
 
 
 class SharedCallbacks(CallbackTable):
@@ -99,8 +131,7 @@ class SharedCallbacks(CallbackTable):
 
         Raises ConfigError and CallbackNotSendable.
         """
-        # Never ended for being idle: a round may be hours away, and what the callbacks keep would be lost.
-        return WorkerSpec(name="callbacks", idle_seconds=None, edition=(await self.prepared(task_type)).key)
+        return callback_worker(await self.prepared(task_type))
 
     def prepare_all(self) -> None:
         """Make all callbacks ready. Raises CallbackNotSendable that names the one that cannot be sent."""
@@ -130,6 +161,22 @@ class SharedCallbacks(CallbackTable):
                 # Raises for the one that it is about.
                 self._prepare(call)
             raise
+
+
+def callback_worker(call: PreparedCallable) -> WorkerSpec:
+    """Return the client's worker, when it is made for these callbacks."""
+    # Never ended for being idle: a round may be hours away, and what the callbacks keep would be lost.
+    return WorkerSpec(name=CALLBACK_WORKER, idle_seconds=None, edition=call.key)
+
+
+def missing(task_type: str) -> ConfigError:
+    """Return the error that says which callback there is not."""
+    what = {TaskType.MODEL_UPDATE.value: "train callback", TaskType.VALIDATION.value: "validate callback"}
+    if task_type in what:
+        return ConfigError(f"this client has no {what[task_type]}")
+    if task_type.startswith(CUSTOM_PREFIX):
+        return ConfigError(f"this client has no custom callback for {task_type}")
+    return ConfigError(f"this client does not know tasks of type {task_type!r}")
 
 
 def _call_for(task_type: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from scaleout_mp.executor import Execution, ExecutorCore
     from scaleout_mp.executor.scheduling import Place
     from scaleout_mp.model import ScaleoutModel
-    from scaleout_mp.supervisor.callbacks import CallbackTable
+    from scaleout_mp.supervisor.callbacks import Callbacks
     from scaleout_mp.supervisor.state import StateFolder
     from scaleout_mp.supervisor.task_journal import TaskJournal
     from scaleout_mp.task import ExitReport, Record
@@ -70,7 +70,7 @@ class JobResources:
     client_id: str
     settings: Settings
     core: ExecutorCore
-    callbacks: CallbackTable
+    callbacks: Callbacks
     transfer: ModelTransfer
     outbox: Outbox
     tasks: TaskJournal

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
     from scaleout_mp.client import ConnectToApiResult, EdgeClient, GrpcConnectionOptions
     from scaleout_mp.model import ScaleoutModel
+    from scaleout_mp.supervisor.package_callbacks import PackageSource
     from scaleout_mp.transport.message import MessageKind
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class GrpcEdgeClientRuntime:
         pass_environment: Sequence[str] = (),
         shield: bool = True,
         state_dir: str | os.PathLike[str] | None = None,
+        package: PackageSource | None = None,
     ) -> None:
         """Read what is not given from the environment.
 
@@ -100,7 +102,8 @@ class GrpcEdgeClientRuntime:
         callback. `max_concurrent_tasks`: as many as there are processors, at least four. `heartbeat_interval` is in
         seconds. `echo_output` shows what tasks print. `memory_budget`, `gpus`, `scratch_folder`, `working_directory`,
         `environment`, `pass_environment` and `shield` are as for TaskExecutor. `state_dir` is the folder below which
-        the client keeps what must reach the server; ":memory:" for none, as in a notebook.
+        the client keeps what must reach the server; ":memory:" for none, as in a notebook. `package` is a compute
+        package, such as LocalPackage; its callbacks take the place of those that are set on the client.
         """
         if not heartbeat_interval > 0:
             raise ConfigError(f"heartbeat_interval must be above 0 seconds, not {heartbeat_interval!r}")
@@ -133,6 +136,7 @@ class GrpcEdgeClientRuntime:
         #: Where the client belongs: the API's address, or the combiner's when it never asked the API.
         self._api_url: str | None = None
         self._moments = messages.Moments()
+        self._package = package
         self._options: GrpcConnectionOptions | None = None
         self._token = GivenToken(self.settings)
         # Guards what other threads touch while `run` comes and goes.
@@ -282,6 +286,7 @@ class GrpcEdgeClientRuntime:
             surroundings=self._surroundings,
             with_heartbeat=with_heartbeat,
             with_polling=with_polling,
+            package=self._package,
         )
         with self._lock:
             if self._running:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from scaleout_mp.errors import TransportError
 from scaleout_mp.executor import ExecutorCore
 from scaleout_mp.supervisor import vitals
-from scaleout_mp.supervisor.callbacks import CallbackTable, SharedCallbacks
+from scaleout_mp.supervisor.callback_sources import callbacks_for
 from scaleout_mp.supervisor.job_kinds import make_job
 from scaleout_mp.supervisor.jobs import Job, JobResources, Phase
 from scaleout_mp.supervisor.polling import Poller, follow_task_stream
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from scaleout_mp.client import EdgeClient
     from scaleout_mp.config import Limits, Resources, Sandbox, Settings, Surroundings
     from scaleout_mp.executor.worker_handle import Isolation
+    from scaleout_mp.supervisor.package_callbacks import PackageSource
     from scaleout_mp.supervisor.state import StateFolder
     from scaleout_mp.transport.calls import CombinerCalls
     from scaleout_mp.transport.message import Ticket
@@ -88,6 +89,8 @@ class ServicePlan:
     surroundings: Surroundings
     with_heartbeat: bool
     with_polling: bool
+    #: Where the callbacks come from; None: they are set on the client.
+    package: PackageSource | None = None
 
 
 class ClientService:
@@ -120,12 +123,11 @@ class ClientService:
         self._tasks = TaskJournal(self._journal)
         self._outbox = Outbox(calls, self._journal, on_refused=self._on_refused)
         self._book = TaskBook(on_told=lambda task: self._tasks.told(task.correlation_id, task.status, task.response))
-        table = CallbackTable if plan.isolation == "task" else SharedCallbacks
         self._resources = JobResources(
             client_id=plan.client_id,
             settings=plan.settings,
             core=self._core,
-            callbacks=table(client, self._core.prepare),
+            callbacks=callbacks_for(plan, client, self._core, self._outbox),
             transfer=ModelTransfer(calls),
             outbox=self._outbox,
             tasks=self._tasks,
@@ -160,6 +162,7 @@ class ClientService:
                     await self._journal.open()
                 await self._core.start()
                 await self._take_over()
+                await self._resources.callbacks.open()
                 for kind, message in early:
                     self._outbox.put(kind, message)
                 await self._serve()
@@ -396,6 +399,7 @@ class ClientService:
         self._abort_all(ENDING)
         await self._poller.aclose()
         await _cancelled([task for _, task in self._jobs.values()])
+        await self._resources.callbacks.aclose()
         await self._core.aclose(kill=self._end_now.done())
         await self._outbox.aclose()
         await self._calls.aclose()

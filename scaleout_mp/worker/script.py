@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -16,14 +16,23 @@ if TYPE_CHECKING:
 class Script:
     """Sent by the supervisor. Paths are bytes: file names need not be text."""
 
-    search_path: list[bytes] = dataclasses.field(default_factory=list)
+    #: None: the interpreter's own.
+    search_path: list[bytes] | None = dataclasses.field(default_factory=list)
+    #: Folders that come before it.
+    first: list[bytes] = dataclasses.field(default_factory=list)
     #: File of the program's `__main__`; None for an interactive one.
     main_file: bytes | None = None
     #: The user's PYTHONPATH; None: not set.
     python_path: bytes | None = None
 
+    def completed(self) -> Self:
+        """Return what has to be sent on to another interpreter of the same environment."""
+        rest = [os.fsencode(entry) for entry in sys.path] if self.search_path is None else self.search_path
+        return dataclasses.replace(self, search_path=[*self.first, *rest], first=[])
+
     def apply_search_path(self) -> None:
         """Find modules where the program finds them, here and in programs that are started."""
+        assert self.search_path is not None, "only what is completed can be applied"
         sys.path[:] = [os.fsdecode(entry) for entry in self.search_path]
         if self.python_path is None:
             os.environ.pop("PYTHONPATH", None)

@@ -138,7 +138,7 @@ class Template:
     ) -> None:
         self._spawn = spawn
         self._threads = threads
-        self._script = Script(**script)
+        self._script = Script(**script).completed()
         self._script.apply_search_path()
         fatal = probe.refusal(lambda: tree.wear_tag(tree.new_tag()))
         self._preparation = prepare(Rules.from_fields(rules), [self._supervisor, os.getppid()])
