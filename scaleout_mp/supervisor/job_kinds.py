@@ -23,10 +23,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def make_job(request: pb.TaskRequest, resources: JobResources, *, on_start: Callable[[], None]) -> Job:
-    """Return the job for a request; one of an unknown type fails when it runs, and says so."""
+def make_job(
+    request: pb.TaskRequest, resources: JobResources, *, on_start: Callable[[], None], problem: str = ""
+) -> Job:
+    """Return the job for a request; one of an unknown type, or with a `problem`, fails when it runs, and says so."""
+    if problem:
+        return UnreadableJob(request, resources, on_start=on_start, problem=problem)
     kinds: dict[str, type[Job]] = {TaskType.MODEL_UPDATE: ModelUpdateJob, TaskType.VALIDATION: ValidationJob}
     return kinds.get(request.type, CustomJob)(request, resources, on_start=on_start)
+
+
+class UnreadableJob(Job):
+    """Tell the server that its task cannot be read."""
+
+    def __init__(
+        self, request: pb.TaskRequest, resources: JobResources, *, on_start: Callable[[], None], problem: str
+    ) -> None:
+        super().__init__(request, resources, on_start=on_start)
+        self._problem = problem
+
+    async def _perform(self) -> None:
+        raise JobFailedError(self._problem)
 
 
 class ModelUpdateJob(Job):

@@ -36,8 +36,9 @@ class Poller:
         *,
         client_id: str,
         interval: float,
-        on_request: Callable[[pb.TaskRequest], None],
+        on_request: Callable[[pb.TaskRequest, str], None],
     ) -> None:
+        """Give each task that comes to `on_request`, with what could not be read of it, if anything."""
         self._calls = calls
         self._book = book
         self._client_id = client_id
@@ -76,8 +77,8 @@ class Poller:
         report = pb.ClientReport(client_id=self._client_id, reports=reports)
         directive = await self._calls.poll(report, within=max(_POLL_TIMEOUT, self._interval))
         self._book.accepted(reports)
-        for request in directive.tasks:
-            self._on_request(request)
+        for task in directive.tasks:
+            self._on_request(task.request, task.problem)
 
     async def report_ends(self) -> None:
         """Poll until the server has heard of every end so far. Runs until cancelled while it does not answer."""
@@ -87,22 +88,26 @@ class Poller:
 
 
 async def follow_task_stream(
-    calls: CombinerCalls, *, client_id: str, on_request: Callable[[pb.TaskRequest], None]
+    calls: CombinerCalls, *, client_id: str, on_request: Callable[[pb.TaskRequest, str], None]
 ) -> None:
     """Take tasks from the server's stream, for ever; a stream that ends or breaks is opened anew."""
     failures = 0
     while True:
         error: TransportError | None = None
         try:
-            async for request in calls.stream(methods.TASK_STREAM, pb.ClientAvailableMessage(client_id=client_id)):
+            async for task in calls.stream(methods.TASK_STREAM, pb.ClientAvailableMessage(client_id=client_id)):
                 failures = 0
-                on_request(request)
+                on_request(task.request, task.problem)
         except CallError as broken:
             if broken.code == "UNIMPLEMENTED":
                 raise
             error = broken
         except TransportError as refused:
             error = refused
+        except Exception as bug:
+            # The client must not fall silent for it.
+            logger.exception("the task stream failed", extra={"action": "loop_bug"})
+            error = TransportError(f"{type(bug).__name__}: {bug}")
         failures += 1
         wait = calls.delay(failures)
         calls.link.failed("the task stream", error or TransportError("the server ended it"), wait)

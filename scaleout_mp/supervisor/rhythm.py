@@ -19,9 +19,8 @@ logger = logging.getLogger(__name__)
 async def keep_calling(what: str, interval: float, act: Callable[[], Awaitable[None]], calls: CombinerCalls) -> None:
     """Await `act()` every `interval` seconds, start to start, for ever.
 
-    A TransportError never ends the loop: the next attempt comes after a backoff that starts well below the
-    interval of a healthy link, so that an outage is not prolonged, and grows, so that a server in trouble is
-    left in peace.
+    No failure ends the loop: the next attempt comes after a backoff that starts well below the interval of a healthy
+    link, so that an outage is not prolonged, and grows, so that a server in trouble is left in peace.
     """
     loop = asyncio.get_running_loop()
     failures = 0
@@ -35,4 +34,10 @@ async def keep_calling(what: str, interval: float, act: Callable[[], Awaitable[N
             wait = calls.delay(failures)
             due = loop.time() + wait
             calls.link.failed(what, error, wait)
+        except Exception:
+            # A bug of ours, or an answer that nobody thought of: the client must not fall silent for it.
+            failures += 1
+            wait = calls.delay(failures)
+            due = loop.time() + wait
+            logger.exception("%s failed; trying again in %.1f s", what, wait, extra={"action": "loop_bug"})
         await asyncio.sleep(due - loop.time())

@@ -228,20 +228,21 @@ class ClientService:
 
     # Tasks
 
-    def _on_request(self, request: pb.TaskRequest) -> None:
+    def _on_request(self, request: pb.TaskRequest, problem: str) -> None:
         correlation_id = request.correlation_id
         if not correlation_id:
-            logger.warning("the server sent a task without an id; it is ignored", extra={"action": "task_no_id"})
+            said = problem or "the server sent a task without an id"
+            logger.warning("%s; without an id it is ignored", said, extra={"action": "task_no_id"})
             return
         verdict = self._book.receive(request)
         if verdict is Verdict.START:
-            self._start(request)
+            self._start(request, problem)
         elif verdict is Verdict.ABORT:
             self.abort_task(correlation_id, AbortOrigin.SERVER, ABORTED_BY_SERVER)
         elif verdict is Verdict.TIME_OUT:
             self.abort_task(correlation_id, AbortOrigin.SERVER_TIMEOUT, TIMED_OUT_BY_SERVER)
 
-    def _start(self, request: pb.TaskRequest) -> None:
+    def _start(self, request: pb.TaskRequest, problem: str) -> None:
         correlation_id = request.correlation_id
         logger.info(
             "task %s of type %s came",
@@ -250,7 +251,8 @@ class ClientService:
             extra={"action": "task_received", "task_id": correlation_id, "task_type": request.type},
         )
         self._tasks.received(request)
-        self._begin(make_job(request, self._resources, on_start=lambda: self._book.run(correlation_id)))
+        start = functools.partial(self._book.run, correlation_id)
+        self._begin(make_job(request, self._resources, on_start=start, problem=problem))
 
     def _begin(self, job: Job) -> None:
         task = self._loop.create_task(self._see_through(job), name=job.correlation_id)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import random
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -18,6 +18,7 @@ from scaleout_mp.transport.http import one_line, without
 from scaleout_mp.transport.link import LinkWatch
 from scaleout_mp.wire import edge_pb2 as pb
 from scaleout_mp.wire import methods
+from scaleout_mp.wire.directives import Directive, read_directive, read_task
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -48,6 +49,13 @@ _BROKEN_STREAM = ("stream removed", "rst_stream", "goaway", "connection reset", 
 
 #: How servers in several languages say that a message will never pass; trying again would block what waits behind it.
 _TOO_LARGE = ("larger than max", "exceeds maximum size")
+
+
+#: How answers are read of which a part may be no good.
+_READERS: Final[dict[str, Callable[[bytes], Any]]] = {
+    methods.POLL_AND_REPORT.name: read_directive,
+    methods.TASK_STREAM.name: read_task,
+}
 
 
 def is_transient(code: grpc.StatusCode, details: str) -> bool:
@@ -134,6 +142,9 @@ class CombinerCalls:
             return await call(request, metadata=metadata, timeout=within)
 
         answer = await self.authorized(method, attempt)
+        if answer is None:
+            # What gRPC makes of an answer that it cannot read, after a line in its own log.
+            raise CallError(f"{method.name}: the answer cannot be read", call=method.name, code="INTERNAL")
         self.link.succeeded()
         return answer
 
@@ -178,9 +189,12 @@ class CombinerCalls:
         finally:
             stream.cancel()
 
-    async def poll(self, report: pb.ClientReport, *, within: float) -> pb.CombinerDirective:
+    async def poll(self, report: pb.ClientReport, *, within: float) -> Directive:
         """Report activities and get directives; one attempt."""
-        return cast("pb.CombinerDirective", await self.once(methods.POLL_AND_REPORT, report, within=within))
+        directive = cast("Directive", await self.once(methods.POLL_AND_REPORT, report, within=within))
+        if directive.problem:
+            raise TransportError(directive.problem)
+        return directive
 
     async def announce(
         self,
@@ -211,7 +225,7 @@ class CombinerCalls:
             known = self._callables[method.name] = make(
                 method.path,
                 request_serializer=serializer or _wire_form,
-                response_deserializer=method.response.FromString,
+                response_deserializer=_READERS.get(method.name, method.response.FromString),
             )
         return known
 
