@@ -129,11 +129,12 @@ class Fleet:
     def __init__(self, specs: Sequence[ClientSpec], *, api_url: str, token_file: Path, memory: str) -> None:
         self._specs = specs
         self._options = ("--api-url", api_url, "--token-file", str(token_file), "--memory", memory)
+        self._token_file = token_file
         self._run_id = uuid.uuid4().hex
         self._clients: list[ClientProcess] = []
 
     def __enter__(self) -> Self:
-        environment = _environment(self._run_id)
+        environment = _environment(self._run_id, state=self._token_file.with_name("state"))
         try:
             for spec in self._specs:
                 self._clients.append(ClientProcess(spec, self._command(spec), environment))
@@ -193,11 +194,12 @@ class Fleet:
             psutil.wait_procs(left, timeout=max(0.0, deadline - time.monotonic()))
 
 
-def _environment(run_id: str) -> dict[str, str]:
+def _environment(run_id: str, *, state: Path) -> dict[str, str]:
     """Return the clients' environment: ours without settings meant for other networks, and no proxy to ourselves."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SCALEOUT_")}
     return environment | {
         _MARK: run_id,
+        "SCALEOUT_MP_STATE_DIR": str(state),
         "SCALEOUT_CLIENT_TASK_POLLING_INTERVAL": str(POLLING_INTERVAL),
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",

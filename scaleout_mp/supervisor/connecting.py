@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from scaleout_mp.client import ConnectToApiResult, GrpcConnectionOptions
 from scaleout_mp.errors import CallError, ConfigError, TransportError
+from scaleout_mp.supervisor.state import IN_MEMORY, KeptId
 from scaleout_mp.transport.rest import Assignment
 from scaleout_mp.wire import methods
 
@@ -51,10 +52,29 @@ def assignment_payload(client: EdgeClient, given: Mapping[str, Any] | None, sett
     return payload
 
 
+def propose_kept_id(kept: KeptId | None, payload: dict[str, Any], url: str, *, root: str | None) -> KeptId | None:
+    """Ask, in `payload`, for the id that a client without one had before; `kept`: as an earlier try returned it.
+
+    None when nothing is kept, or cannot be.
+    """
+    if root == IN_MEMORY:
+        return None
+    try:
+        kept = kept or KeptId.take(str(payload["name"]), url.rstrip("/"), root=root)
+    except OSError as error:
+        logger.warning("the client has another id with each start: %s", error, extra={"action": "id_not_kept"})
+        return None
+    payload["client_id"] = kept.value or payload["client_id"]
+    return kept
+
+
 def read_assignment(
-    answer: AssignmentAnswer, payload: Mapping[str, Any], client: EdgeClient
+    answer: AssignmentAnswer, payload: Mapping[str, Any], client: EdgeClient, kept: KeptId | None = None
 ) -> tuple[ConnectToApiResult, Any]:
-    """Return what `connect_to_api` returns; when a combiner was assigned, `client` gets its id and name."""
+    """Return what `connect_to_api` returns; when a combiner was assigned, `client` gets its id and name.
+
+    The id goes into `kept`, too.
+    """
     if answer.outcome is Assignment.ASSIGNED:
         try:
             options = GrpcConnectionOptions.from_dict(answer.body)
@@ -62,6 +82,8 @@ def read_assignment(
             return _refused(ConnectToApiResult.UnknownError, str(error))
         client_id = str(answer.body.get("client_id") or payload["client_id"])
         client.set_client_id(client_id)
+        if kept is not None:
+            kept.keep(client_id)
         client.set_name(str(payload.get("name") or client_id))
         logger.info(
             "assigned to the combiner at %s:%d", options.host, options.port, extra={"action": "client_assigned"}

@@ -20,7 +20,6 @@ from scaleout_mp.errors import (
     NotConnectedError,
     ScaleoutError,
     StateError,
-    StateInUseError,
 )
 from scaleout_mp.executor.core import default_concurrency, parse_state_bytes
 from scaleout_mp.executor.scheduling import require_room
@@ -28,10 +27,11 @@ from scaleout_mp.executor.states import MAX_STATE
 from scaleout_mp.executor.worker_handle import Isolation, check_isolation
 from scaleout_mp.supervisor import connecting, messages
 from scaleout_mp.supervisor.blocking import run_blocking
+from scaleout_mp.supervisor.farewell import LAST_WORDS
 from scaleout_mp.supervisor.given_token import GivenToken
 from scaleout_mp.supervisor.service import ABORTED_BY_CLIENT, ClientService, ServicePlan
 from scaleout_mp.supervisor.snapshot import ClientSnapshot
-from scaleout_mp.supervisor.state import IN_MEMORY, StateFolder
+from scaleout_mp.supervisor.state import opened_state
 from scaleout_mp.task import (
     AbortOrigin,
     AttributesRecord,
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from scaleout_mp.client import ConnectToApiResult, EdgeClient, GrpcConnectionOptions
     from scaleout_mp.model import ScaleoutModel
     from scaleout_mp.supervisor.package_callbacks import PackageSource
+    from scaleout_mp.supervisor.state import KeptId, StateFolder
     from scaleout_mp.transport.message import MessageKind
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class GrpcEdgeClientRuntime:
         shield: bool = True,
         state_dir: str | os.PathLike[str] | None = None,
         package: PackageSource | None = None,
+        goodbye_seconds: float = LAST_WORDS,
     ) -> None:
         """Read what is not given from the environment.
 
@@ -104,6 +106,7 @@ class GrpcEdgeClientRuntime:
         `environment`, `pass_environment` and `shield` are as for TaskExecutor. `state_dir` is the folder below which
         the client keeps what must reach the server; ":memory:" for none, as in a notebook. `package` is a compute
         package, such as LocalPackage; its callbacks take the place of those that are set on the client.
+        `goodbye_seconds` is how long, at the end, the client tries to get rid of what waits for the server.
         """
         if not heartbeat_interval > 0:
             raise ConfigError(f"heartbeat_interval must be above 0 seconds, not {heartbeat_interval!r}")
@@ -132,9 +135,13 @@ class GrpcEdgeClientRuntime:
             pass_environment=pass_environment,
             shield=shield,
         )
+        if not goodbye_seconds >= 0:
+            raise ConfigError(f"goodbye_seconds must be at least 0, not {goodbye_seconds!r}")
+        self._goodbye_seconds = goodbye_seconds
         self._state_dir = self.settings.state_dir if state_dir is None else os.fspath(state_dir)
         #: Where the client belongs: the API's address, or the combiner's when it never asked the API.
         self._api_url: str | None = None
+        self._kept_id: KeptId | None = None
         self._moments = messages.Moments()
         self._package = package
         self._options: GrpcConnectionOptions | None = None
@@ -169,6 +176,8 @@ class GrpcEdgeClientRuntime:
         """Ask the REST API for a combiner; see EdgeClient."""
         self._api_url = url
         payload = connecting.assignment_payload(self.client, json, self.settings)
+        if not (self.client.client_id or (json or {}).get("client_id")):
+            self._kept_id = connecting.propose_kept_id(self._kept_id, payload, url, root=self._state_dir)
         try:
             tokens = self._token.take(token, url, token_refresh_callback, client=self.client, given=json)
             answer = request_assignment(url, payload, settings=self.settings, tokens=tokens)
@@ -176,7 +185,7 @@ class GrpcEdgeClientRuntime:
             answer = AssignmentAnswer(outcome=Assignment.WRONG_URL, message=str(error))
         except ScaleoutError as error:
             answer = AssignmentAnswer(outcome=Assignment.UNAUTHORIZED, message=str(error))
-        return connecting.read_assignment(answer, payload, self.client)
+        return connecting.read_assignment(answer, payload, self.client, self._kept_id)
 
     def init_grpchandler(
         self,
@@ -284,6 +293,7 @@ class GrpcEdgeClientRuntime:
             heartbeat_interval=self._heartbeat_interval,
             echo_output=self._echo_output,
             surroundings=self._surroundings,
+            goodbye_seconds=self._goodbye_seconds,
             with_heartbeat=with_heartbeat,
             with_polling=with_polling,
             package=self._package,
@@ -292,38 +302,16 @@ class GrpcEdgeClientRuntime:
             if self._running:
                 raise RuntimeError("this client runs already")
             self._running = True
-        state: StateFolder | None = None
         try:
-            state = self._open_state(client.client_id, f"{options.host}:{options.port}")
-            run_blocking(lambda: self._main(plan, client, state), on_interrupt=self._interrupt)
+            network = self._api_url or f"{options.host}:{options.port}"
+            with opened_state(client.client_id, network.rstrip("/"), root=self._state_dir) as state:
+                run_blocking(lambda: self._main(plan, client, state), on_interrupt=self._interrupt)
         except (ConfigError, CallbackNotSendable, AuthenticationError, StateError) as error:
             # The user's mistake, told in its last line: our own frames below this one would only bury it.
             raise error.with_traceback(None) from None
         finally:
-            if state is not None:
-                state.close()
             with self._lock:
                 self._running = self._stop_asked = False
-
-    def _open_state(self, client_id: str, combiner: str) -> StateFolder | None:
-        if self._state_dir == IN_MEMORY:
-            return None
-        state = StateFolder.of(client_id, (self._api_url or combiner).rstrip("/"), root=self._state_dir)
-        try:
-            state.open()
-        except StateInUseError:
-            raise
-        except StateError as error:
-            if self._state_dir is not None:
-                raise
-            # Nobody asked for this place: a user without a home, or a read-only container.
-            logger.warning(
-                "%s: what waits for the server is lost if the client dies; SCALEOUT_MP_STATE_DIR names another folder",
-                error,
-                extra={"action": "state_not_kept"},
-            )
-            return None
-        return state
 
     async def _main(self, plan: ServicePlan, client: EdgeClient, state: StateFolder | None) -> None:
         service = ClientService(plan, client, self._open_calls(), state)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import functools
 import logging
 import signal
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from scaleout_mp.errors import TransportError
 from scaleout_mp.executor import ExecutorCore
 from scaleout_mp.supervisor import vitals
 from scaleout_mp.supervisor.callback_sources import callbacks_for
+from scaleout_mp.supervisor.farewell import ABORT_MARGIN, Farewell, cancelled
 from scaleout_mp.supervisor.job_kinds import make_job
-from scaleout_mp.supervisor.jobs import Job, JobResources, Phase
+from scaleout_mp.supervisor.jobs import Job, JobResources
 from scaleout_mp.supervisor.polling import Poller, follow_task_stream
 from scaleout_mp.supervisor.recovery import recovered_job
 from scaleout_mp.supervisor.shutdown import SECOND_CTRL_C, SignalReader, StopAction, signals_to
 from scaleout_mp.supervisor.snapshot import ClientSnapshot, task_snapshot
+from scaleout_mp.supervisor.systemd import ServiceManager
 from scaleout_mp.supervisor.task_journal import TaskJournal, TaskStage
 from scaleout_mp.supervisor.taskbook import (
     ABORTED_BY_SERVER,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from scaleout_mp.client import EdgeClient
     from scaleout_mp.config import Limits, Resources, Sandbox, Settings, Surroundings
+    from scaleout_mp.errors import TransportError
     from scaleout_mp.executor.worker_handle import Isolation
     from scaleout_mp.supervisor.package_callbacks import PackageSource
     from scaleout_mp.supervisor.state import StateFolder
@@ -49,18 +50,6 @@ if TYPE_CHECKING:
     from scaleout_mp.wire import edge_pb2 as pb
 
 logger = logging.getLogger(__name__)
-
-#: Seconds, on top of the tasks' grace, that aborted tasks get until they are gone and what they logged is sent.
-_ABORT_MARGIN: Final = 2.0
-#: Seconds for the final report, what waits in the outbox and the goodbye together. Who sends SIGTERM sends SIGKILL
-#: soon after: ten seconds is common.
-_LAST_WORDS: Final = 5.0
-#: Of these, what is kept for sending results without the records before them, and then for the goodbye alone.
-_RESULTS_ONLY: Final = 1.5
-_GOODBYE: Final = 1.0
-
-#: Seconds between two looks at what the jobs are at, while the client ends.
-_LOOK_AGAIN: Final = 0.05
 
 ENDING: Final = "Aborted by client: the client is shutting down"
 ABORTED_BY_CLIENT: Final = "Aborted by client"
@@ -87,6 +76,8 @@ class ServicePlan:
     heartbeat_interval: float
     echo_output: bool
     surroundings: Surroundings
+    #: Seconds to tell the server what is left to tell, at the end.
+    goodbye_seconds: float
     with_heartbeat: bool
     with_polling: bool
     #: Where the callbacks come from; None: they are set on the client.
@@ -134,6 +125,7 @@ class ClientService:
             state=state,
         )
         self._announced = False
+        self._manager = ServiceManager()
         self._poller = Poller(
             calls,
             self._book,
@@ -206,18 +198,22 @@ class ClientService:
         if self._plan.settings.send_telemetry:
             look = vitals.send_machine_telemetry(self._calls, self._outbox, client_id=self._plan.client_id)
             work.append(asyncio.create_task(look, name="telemetry"))
+        if self._manager.watches:
+            work.append(asyncio.create_task(self._manager.give_signs_of_life(), name="watchdog"))
+        self._manager.ready()
         try:
             done, _ = await asyncio.wait([*work, self._end], return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
-            await _cancelled(work)
+            await cancelled(work)
 
     async def _take_tasks(self) -> None:
         plan = self._plan
         if plan.settings.announce:
             await self._calls.announce("Connect", client_id=plan.client_id, attempts=None)
             self._announced = True
+        self._manager.status("connected")
         logger.info(
             "client %s is connected and waits for tasks; Ctrl-C ends it", plan.name, extra={"action": "connected"}
         )
@@ -341,52 +337,20 @@ class ClientService:
     async def _leave(self) -> None:
         """Abort what runs, tell the server how all ended, say goodbye; neither takes longer than it may."""
         logger.info("the client is shutting down", extra={"action": "shutting_down"})
+        self._manager.stopping()
+        farewell = Farewell(
+            self._calls,
+            self._outbox,
+            self._poller,
+            self._jobs,
+            polls=self._plan.with_polling,
+            within=self._plan.goodbye_seconds,
+        )
         self._abort_all(ENDING)
-        await self._until_reporting(self._plan.limits.abort_grace_seconds + _ABORT_MARGIN)
-        deadline = self._loop.time() + _LAST_WORDS
-        try:
-            if not await self._said_all(deadline - _GOODBYE - _RESULTS_ONLY):
-                self._outbox.set_records_aside()
-                await self._said_all(deadline - _GOODBYE - _RESULTS_ONLY / 2)
-                # What a job is cut off from is told as far as it is known.
-                await _cancelled([task for _, task in self._jobs.values()])
-                await self._said_all(deadline - _GOODBYE)
-            async with asyncio.timeout_at(deadline):
-                await self._say_goodbye()
-        except (TransportError, TimeoutError) as error:
-            logger.warning(
-                "the combiner may not know that this client ended: %s",
-                str(error) or f"no answer in {_LAST_WORDS:.0f} s",
-                extra={"action": "goodbye_lost"},
-            )
-
-    async def _until_reporting(self, within: float) -> None:
-        """Wait until no job is at work; those whose messages are on their way may take longer."""
-        deadline = self._loop.time() + within
-        while tasks := [task for job, task in self._jobs.values() if job.phase is not Phase.REPORTING]:
-            left = deadline - self._loop.time()
-            if left <= 0:
-                await _cancelled(tasks)
-                return
-            await asyncio.wait(tasks, timeout=min(left, _LOOK_AGAIN))
-
-    async def _said_all(self, deadline: float) -> bool:
-        """Send and report until nothing is left to tell, not even of tasks that come meanwhile."""
-        try:
-            async with asyncio.timeout_at(deadline):
-                while True:
-                    if self._plan.with_polling:
-                        await self._poller.report_ends()
-                    if not self._jobs:
-                        return await self._outbox.drain(max(0.0, deadline - self._loop.time()))
-                    await asyncio.wait([task for _, task in self._jobs.values()], return_when=asyncio.FIRST_COMPLETED)
-        except TimeoutError:
-            return False
-
-    async def _say_goodbye(self) -> None:
+        await farewell.until_reporting(self._plan.limits.abort_grace_seconds + ABORT_MARGIN)
         # Who never came need not say that it goes; a greeting that was cut off may have arrived.
-        if self._plan.settings.announce and (self._announced or not self._calls.link.down):
-            await self._calls.announce("Disconnect", client_id=self._plan.client_id, attempts=None)
+        came = self._plan.settings.announce and (self._announced or not self._calls.link.down)
+        await farewell.say(self._plan.client_id if came else None)
 
     async def _unless_now(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -395,23 +359,15 @@ class ClientService:
             if task.done():
                 task.result()
         finally:
-            await _cancelled([task])
+            await cancelled([task])
 
     async def _clean_up(self) -> None:
         self._abort_all(ENDING)
         await self._poller.aclose()
-        await _cancelled([task for _, task in self._jobs.values()])
+        await cancelled([task for _, task in self._jobs.values()])
         await self._resources.callbacks.aclose()
         await self._core.aclose(kill=self._end_now.done())
         await self._outbox.aclose()
         await self._calls.aclose()
         if self._journal is not None:
             await self._journal.aclose()
-
-
-async def _cancelled(tasks: list[asyncio.Task[Any]]) -> None:
-    """Cancel tasks and wait until they are gone; what they raise by then is nobody's any more."""
-    for task in tasks:
-        task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await asyncio.gather(*tasks, return_exceptions=True)

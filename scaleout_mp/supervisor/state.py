@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import re
-import threading
+import weakref
 from typing import TYPE_CHECKING, Final
 
 from scaleout_mp.config import state_folder
 from scaleout_mp.errors import StateError, StateInUseError
 from scaleout_mp.model.files import replace_file
+from scaleout_mp.supervisor.file_lock import FileLock, FileLockedError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
 
     from scaleout_mp.model import ScaleoutModel
 
@@ -28,11 +29,6 @@ IN_MEMORY: Final = ":memory:"
 _SUFFIX: Final = ".scm"
 _CHUNK: Final = 16 << 20
 
-#: Folders that clients of this process use. Locks of fcntl(2) hold between processes only; but unlike those of flock(2)
-#: they do not pass to what the user's program forks, which may outlive a client that was killed.
-_open_here: set[str] = set()
-_opening = threading.Lock()
-
 
 class StateFolder:
     """One client's folder, locked as long as it is open: two clients with one id would take each other's messages."""
@@ -41,7 +37,7 @@ class StateFolder:
         self.path = path
         self.journal_path = os.path.join(path, "journal.db")
         self._results = os.path.join(path, "results")
-        self._lock: int | None = None
+        self._lock: FileLock | None = None
 
     @classmethod
     def of(cls, client_id: str, network: str, *, root: str | None) -> StateFolder:
@@ -49,10 +45,7 @@ class StateFolder:
 
         What waits for one server must never reach another; so the network, as its address, is part of the name.
         """
-        base = root or os.path.join(state_folder(), "clients")
-        digest = hashlib.sha256(f"{network}\n{client_id}".encode()).hexdigest()[:12]
-        readable = re.sub(r"[^A-Za-z0-9._-]", "_", client_id)[:80].lstrip(".") or "client"
-        return cls(os.path.join(os.path.abspath(base), f"{readable}-{digest}"))
+        return cls(os.path.join(_base(root), _folder_name(client_id, network)))
 
     def open(self) -> None:
         """Make the folder, for this user alone, and lock it.
@@ -61,39 +54,22 @@ class StateFolder:
         """
         try:
             os.makedirs(self._results, mode=0o700, exist_ok=True)
-            with _opening:
-                self._take_lock(os.path.realpath(self.path))
-        except OSError as error:
-            raise StateError(f"{self.path} cannot be used: {error.strerror or error}") from error
-
-    def _take_lock(self, path: str) -> None:
-        if path in _open_here:
-            raise StateInUseError(f"another client of this program uses {self.path}; give each an id of its own")
-        fd = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
-            os.close(fd)
+            self._lock = FileLock(os.path.join(self.path, "lock"))
+            self._lock.write(str(os.getpid()))
+        except FileLockedError as owner:
             raise StateInUseError(
-                f"another client with this id runs on this machine (process {owner or 'unknown'}) and uses "
-                f"{self.path}; end it, or give this one an id of its own"
+                f"another client with this id runs on this machine (process {owner}) and uses {self.path}; "
+                "end it, or give this one an id of its own"
             ) from None
-        except OSError:
-            os.close(fd)
-            raise
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
-        self._lock = fd
-        _open_here.add(path)
+        except OSError as error:
+            self.close()
+            raise StateError(f"{self.path} cannot be used: {error.strerror or error}") from error
 
     def close(self) -> None:
         """Unlock the folder. Safe to call again."""
-        with _opening:
-            if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
-                _open_here.discard(os.path.realpath(self.path))
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     # Results on their way
 
@@ -128,3 +104,78 @@ class StateFolder:
 
     def _result_path(self, update_id: str) -> str:
         return os.path.join(self._results, update_id + _SUFFIX)
+
+
+def _base(root: str | None) -> str:
+    return os.path.abspath(root or os.path.join(state_folder(), "clients"))
+
+
+def _folder_name(name: str, network: str) -> str:
+    digest = hashlib.sha256(f"{network}\n{name}".encode()).hexdigest()[:12]
+    readable = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:80].lstrip(".") or "client"
+    return f"{readable}-{digest}"
+
+
+class KeptId:
+    """The id of a client that was given none: the next start takes the same, and so what waits for the server.
+
+    Several such clients of one name run beside each other, each with an id of its own.
+    """
+
+    def __init__(self, lock: FileLock) -> None:
+        self._lock = lock
+        # With the client that has it.
+        weakref.finalize(self, lock.release)
+
+    @classmethod
+    def take(cls, name: str, network: str, *, root: str | None) -> KeptId:
+        """Take the first id that no living client has, for as long as this object lives. Raises OSError."""
+        folder = os.path.join(_base(root), "ids", _folder_name(name, network))
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        for number in itertools.count():
+            try:
+                return cls(FileLock(os.path.join(folder, str(number))))
+            except FileLockedError:
+                continue
+        raise AssertionError
+
+    @property
+    def value(self) -> str:
+        """The id; empty when there is none yet."""
+        return self._lock.read()
+
+    def keep(self, client_id: str) -> None:
+        """Note the id under which the network knows the client."""
+        if client_id != self._lock.read():
+            self._lock.write(client_id)
+
+
+@contextlib.contextmanager
+def opened_state(client_id: str, network: str, *, root: str | None) -> Iterator[StateFolder | None]:
+    """Give a client's folder, open; None when nothing is to be kept, or when the default place cannot be used.
+
+    `root` is what the user asked for. Raises StateInUseError, and StateError when that place cannot be used.
+    """
+    if root == IN_MEMORY:
+        yield None
+        return
+    state = StateFolder.of(client_id, network, root=root)
+    try:
+        state.open()
+    except StateInUseError:
+        raise
+    except StateError as error:
+        if root is not None:
+            raise
+        # Nobody asked for this place: a user without a home, or a read-only container.
+        logger.warning(
+            "%s: what waits for the server is lost if the client dies; SCALEOUT_MP_STATE_DIR names another folder",
+            error,
+            extra={"action": "state_not_kept"},
+        )
+        yield None
+        return
+    try:
+        yield state
+    finally:
+        state.close()

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import os
 import signal
+import socket
 import sqlite3
 import time
 from pathlib import Path
@@ -245,3 +246,36 @@ def test_a_client_that_is_killed_again_and_again_tells_each_end_once(net, model_
     steps = metrics(net)
     counts = collections.Counter(step for step in steps)
     assert all(counts[step] >= counts[step + 1] for step in itertools.takewhile(lambda s: s < 19, itertools.count()))
+
+
+def test_a_service_manager_hears_that_the_client_is_up_lives_and_ends(net, tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(10)
+        heard = []
+
+        def until(text):
+            while not any(text in message for message in heard):
+                heard.append(manager.recv(4096).decode())
+
+        told = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "200000"}
+        with client(net, **told) as program:
+            for text in ("READY=1", "STATUS=connected", "WATCHDOG=1"):
+                until(text)
+            program.send(signal.SIGTERM)
+            until("STOPPING=1")
+            assert program.end(seconds=15) == 0
+
+
+def test_a_client_without_an_id_has_the_same_after_a_kill_and_another_than_its_twin(net):
+    def ids():
+        return [event.client_id for event in net.events.of(ClientConnected)]
+
+    with client(net, ID="") as first, client(net, ID="") as twin:
+        kill(first)
+        kill(twin)
+    with client(net, ID=""), client(net, ID=""):
+        pass
+    before, after = ids()[:2], ids()[2:]
+    assert before == after
+    assert len(set(before)) == 2
