@@ -41,7 +41,8 @@ if __name__ == "__main__":
     client.set_train_callback(train)
     client.set_validate_callback(validate)
     client.set_custom_callback("count", count)
-    _, options = client.connect_to_api(sys.argv[1], {"name": "script", "client_id": os.environ.get("ID", "script") or None})
+    client_id = os.environ.get("ID", "script") or None
+    _, options = client.connect_to_api(sys.argv[1], {"name": "script", "client_id": client_id})
     if not client.init_grpchandler(options):
         sys.exit(1)
     client.run(with_heartbeat=True)
