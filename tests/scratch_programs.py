@@ -38,6 +38,14 @@ def _environment_of(pid):
         return file.read().decode().split("\0")
 
 
+def _environment_of_parent():
+    """Return the template's; None where it cannot be read."""
+    try:
+        return _environment_of(os.getppid())
+    except (PermissionError, FileNotFoundError):
+        return None
+
+
 def look_for_secrets():
     """Return the environment as it is seen in each place that a task can look at."""
     code = "import os; print(*(f'{name}={value}' for name, value in os.environ.items()), sep='\\0', end='')"
@@ -45,7 +53,7 @@ def look_for_secrets():
     return {
         "os.environ": [f"{name}={value}" for name, value in os.environ.items()],
         "own /proc": _environment_of("self"),
-        "template's /proc": _environment_of(os.getppid()),
+        "template's /proc": _environment_of_parent(),
         "child": child.split("\0"),
     }
 
@@ -71,7 +79,7 @@ def spy(supervisor):
         "environ": outcome(read, "environ"),
         "maps": outcome(read, "maps"),
         "mem": outcome(os.open, f"/proc/{supervisor}/mem", os.O_RDONLY),
-        "descriptors": outcome(os.listdir, f"/proc/{supervisor}/fd"),
+        "descriptors": outcome(os.readlink, f"/proc/{supervisor}/fd/0"),
         "cwd": outcome(os.listdir, f"/proc/{supervisor}/cwd"),
     }
 

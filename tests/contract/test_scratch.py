@@ -16,7 +16,7 @@ from observing import wait_until
 from scaleout_mp import ConfigError, EndReason, Limits, TaskExecutor, TaskFailed
 from scaleout_mp.task import StopStage
 
-LEVELS = ("none", "basic")
+LEVELS = ("none", "basic", "auto", "strict")
 
 
 @pytest.fixture(params=["template", "spawn"])
@@ -153,10 +153,11 @@ def test_a_file_that_is_not_found_from_there_is_explained(base, start_method):
         assert "working_directory" not in executor.submit(programs.open_relative).report(20).message
 
 
+@pytest.mark.parametrize("sandbox", ["basic", "strict"])
 @pytest.mark.parametrize("program", programs.FILLING, ids=lambda program: program.__name__)
-def test_too_much_in_it_ends_the_task(base, program):
+def test_too_much_in_it_ends_the_task(base, program, sandbox):
     limits = Limits(scratch_size="4MiB" if program is programs.fill_with_small_files else "32MiB", abort_grace=5)
-    with TaskExecutor(echo_output=False, scratch_folder=base, limits=limits) as executor:
+    with TaskExecutor(sandbox=sandbox, echo_output=False, scratch_folder=base, limits=limits) as executor:
         report = executor.submit(program).report(60)
         assert report.reason is EndReason.SCRATCH_SIZE
         assert report.stopped_by is StopStage.SIGKILL
