@@ -9,8 +9,8 @@ import attacks
 import programs
 import pytest
 
-from scaleout_mp import ConfigError, EndReason, Limits, TaskExecutor
-from scaleout_mp.sandbox import probe, process, seccomp
+from scaleout_mp import ConfigError, EndReason, Limits, Sandbox, TaskExecutor
+from scaleout_mp.sandbox import landlock, probe, process, seccomp
 
 
 def filter_refused():
@@ -28,13 +28,35 @@ def filter_refused():
     return probe.refusal(put_on)
 
 
+def domain_refused():
+    """Why no task can be kept from signalling processes outside; None when it can."""
+
+    def restrict():
+        process.forbid_new_privileges()
+        with landlock.Ruleset() as rules:
+            rules.restrict()
+
+    refused = probe.refusal(restrict)
+    if refused is None and landlock.abi() < landlock.SCOPES_SINCE:
+        return f"Landlock is of version {landlock.abi()}"
+    return refused
+
+
+NO_DOMAIN = domain_refused()
+needs_domain = pytest.mark.skipif(NO_DOMAIN is not None, reason=f"no Landlock for signals here: {NO_DOMAIN}")
+
 REFUSED = filter_refused()
 needs_filter = pytest.mark.skipif(REFUSED is not None, reason=f"no system call filter here: {REFUSED}")
 
 
-@pytest.fixture(scope="module", params=["template", "spawn"])
-def executor(request):
-    with TaskExecutor(start_method=request.param, sandbox="basic", echo_output=False) as running:
+LEVELS = [("template", "basic"), ("template", "auto"), ("template", "strict"), ("spawn", "strict")]
+
+
+@pytest.fixture(scope="module", params=LEVELS, ids="-".join)
+def executor(request, tmp_path_factory):
+    start_method, level = request.param
+    sandbox = Sandbox(level="strict", write=[tmp_path_factory.getbasetemp()]) if level == "strict" else level
+    with TaskExecutor(start_method=start_method, sandbox=sandbox, echo_output=False) as running:
         yield running
 
 
@@ -66,6 +88,16 @@ def test_scikit_learn_and_joblib_work(executor):
     assert squares == [0, 1, 4, 9, 16]
 
 
+def test_numpy_works(executor):
+    assert executor.submit(attacks.fit_line).result(60) < 1e-6
+
+
+def test_joblib_with_multiprocessing_works(executor):
+    pytest.importorskip("joblib", reason="joblib is not installed")
+    total = 500_000 * 499_999 / 2
+    assert sum(executor.submit(attacks.fit_in_processes).result(60)) == total
+
+
 def test_pytorch_with_data_loader_workers_works(executor):
     pytest.importorskip("torch", reason="PyTorch is not installed")
     from attacks_torch import train_with_workers
@@ -75,10 +107,39 @@ def test_pytorch_with_data_loader_workers_works(executor):
 
 @needs_filter
 def test_levels():
-    for sandbox, expected in (("auto", "2"), ("basic", "2"), ("none", "0")):
+    for sandbox, expected in (("auto", "2"), ("basic", "2"), ("none", "0"), ("strict", "2")):
         with TaskExecutor(sandbox=sandbox, echo_output=False) as running:
             facts = running.submit(attacks.privileges).result(20)
         assert facts == {"NoNewPrivs": "0" if sandbox == "none" else "1", "Seccomp": expected}
+
+
+@needs_domain
+@pytest.mark.parametrize("level", ["auto", "strict"])
+def test_no_process_outside_is_within_reach(level):
+    with TaskExecutor(sandbox=level, echo_output=False) as running:
+        results = running.submit(attacks.reach_by_any_means, os.getpid()).result(20)
+    assert {what for what, error in results.items() if not error} == set()
+
+
+@pytest.mark.parametrize("level", ["none", "basic", "auto", "strict"])
+def test_the_template_cannot_be_poisoned(level):
+    if level != "none" and REFUSED is not None:
+        pytest.skip(f"no system call filter here: {REFUSED}")
+    with TaskExecutor(sandbox=level, echo_output=False) as running:
+        if level == "none":
+            # Nothing is promised but what a fork gives away by itself.
+            shared, own = running.submit(attacks.given_by_the_fork).result(20)
+        else:
+            attempts, shared, own = running.submit(attacks.poison).result(20)
+            if os.geteuid() == 0 and level != "strict":
+                # A file of root's, which tasks of root may write, see docs/security.md.
+                del attempts["spare its life for last"]
+            assert {what for what, error in attempts.items() if not error} == set()
+        # Streams, channel, stacks, and the folder that is being listed: nothing of the template's.
+        assert shared == []
+        assert set(own) <= {0, 1, 2, 3, 4, 5}
+        template = running.submit(os.getppid).result(20)
+        assert running.submit(os.getppid).result(20) == template
 
 
 def test_an_unknown_level_is_named():
