@@ -23,6 +23,10 @@ class ConfigError(ScaleoutError, ValueError):
     """A setting has a value that cannot work."""
 
 
+class TargetError(ScaleoutError):
+    """There is no callable of that name, or it does not take what it is to be called with."""
+
+
 class StoppedException(ScaleoutError):  # noqa: N818 - the name that users of the published client catch
     """The task was asked to stop. Let it pass, or clean up and raise it again."""
 

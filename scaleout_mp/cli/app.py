@@ -25,6 +25,7 @@ _COMMANDS: Final[Mapping[str, str]] = {
     "demo": "Watch a federated session survive tasks that misbehave.",
     "doctor": "Say what this machine offers for confining tasks, and how to get more.",
     "localnet": "Start a local Scaleout Edge network.",
+    "run": "Run one function in a confined process of its own.",
 }
 
 
@@ -61,6 +62,7 @@ def app(ctx: click.Context, debug: bool) -> None:
     Examples:
       scaleout-mp demo
       scaleout-mp localnet --folder ./network
+      scaleout-mp run train.py:train --set epochs=3 --memory 2GiB
     """  # noqa: D301 - click reads the \b
     ctx.obj = debug
 

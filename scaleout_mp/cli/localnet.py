@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from scaleout_mp.cli.extras import require_extra
+from scaleout_mp.cli.models import open_seed
 from scaleout_mp.cli.options import configure_logging, debug_option
-from scaleout_mp.errors import ModelFormatError
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from scaleout_mp.localnet import FaultOrder, SessionPlan, SessionResult
-    from scaleout_mp.model import ScaleoutModel
 
 _PORT = click.IntRange(0, 65535)
 _SECONDS = click.FloatRange(min=0, min_open=True)
@@ -161,23 +159,3 @@ async def _until_signal(work: Coroutine[None, None, SessionResult | None], sessi
         return 0
     click.echo(f"the session's last model is {result.model_id}")
     return 0 if result.finished else 1
-
-
-def open_seed(path: Path) -> ScaleoutModel:
-    """Open a model file, or make a model of arrays as numpy.savez writes them, in their order in the file.
-
-    Raises ModelFormatError that names the file.
-    """
-    import numpy as np
-
-    from scaleout_mp.model import ScaleoutModel
-
-    if not zipfile.is_zipfile(path):
-        raise ModelFormatError(f"{path} is neither a model file nor an .npz file")
-    try:
-        if ScaleoutModel.detect_format_file(path) == "zip":
-            return ScaleoutModel.from_file(path)
-        with np.load(path, allow_pickle=False) as arrays:
-            return ScaleoutModel.from_training_model([arrays[name] for name in arrays.files])
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ModelFormatError(f"{path} holds no model: {error}") from error

@@ -15,7 +15,7 @@ from scaleout_mp import __main__ as entry
 from scaleout_mp.cli import app as app_module
 from scaleout_mp.cli import extras
 from scaleout_mp.cli.app import run
-from scaleout_mp.cli.localnet import open_seed
+from scaleout_mp.cli.models import open_seed
 from scaleout_mp.errors import LocalNetworkError, MissingExtraError, ModelFormatError
 from scaleout_mp.model import ScaleoutModel
 
