@@ -9,9 +9,9 @@ import pytest
 from fault_catalogue import all_faults
 from fault_stage import Stage, modules_to_preload
 
-from scaleout_mp import TaskExecutor
+from scaleout_mp import Sandbox, TaskExecutor
+from scaleout_mp.config.sandbox import Level
 from scaleout_mp.executor import execution
-from scaleout_mp.sandbox.confinement import Level
 
 FAULTS = all_faults()
 
@@ -27,7 +27,9 @@ def stage(request, tmp_path_factory):
         patch.chdir(folder / "work")
         # What a task gets for threads and exit handlers after its result: the suite has many that use it up.
         patch.setattr(execution, "EXIT_GRACE", 0.3)
-        with TaskExecutor(sandbox=request.param, preload=modules_to_preload(), echo_output=False) as executor:
+        # What a fault leaves for the suite to look at must be within its reach.
+        sandbox = Sandbox(level="strict", write=[folder / "faults"]) if request.param == "strict" else request.param
+        with TaskExecutor(sandbox=sandbox, preload=modules_to_preload(), echo_output=False) as executor:
             stage = Stage(request.param, executor, folder / "faults")
             yield stage
             stage.close()
