@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from scaleout_mp.errors import ConfigError as ConfigError
     from scaleout_mp.errors import IncompatibleModelFormatError as IncompatibleModelFormatError
     from scaleout_mp.errors import ModelFormatError as ModelFormatError
+    from scaleout_mp.errors import PackageError as PackageError
     from scaleout_mp.errors import ScaleoutError as ScaleoutError
     from scaleout_mp.errors import StoppedException as StoppedException
     from scaleout_mp.errors import TaskCrashed as TaskCrashed
@@ -55,6 +56,7 @@ _HOME = {
     "Limits": "config",
     "LoggingContext": "client",
     "ModelFormatError": "errors",
+    "PackageError": "errors",
     "Resources": "config",
     "Sandbox": "config",
     "ScaleoutError": "errors",

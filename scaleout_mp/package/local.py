@@ -7,11 +7,14 @@ import logging
 import os
 from typing import TYPE_CHECKING, Final
 
+from scaleout_mp.package.environment import read_python_env
 from scaleout_mp.package.manifest import MANIFEST, find_package, read_manifest
 from scaleout_mp.supervisor.package_callbacks import LoadablePackage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from scaleout_mp.package.environment import Environments
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +27,13 @@ _MAX_ENTRIES: Final = 20_000
 class LocalPackage:
     """A `PackageSource` that reads a folder where it lies."""
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """`folder` has `scaleout.yaml` in it, or in a folder below. Raises PackageError when it has not."""
+    def __init__(self, folder: str | os.PathLike[str], *, environments: Environments | None = None) -> None:
+        """`folder` has `scaleout.yaml` in it, or in a folder below. Raises PackageError when it has not.
+
+        `environments` makes the environment that the package asks for; None: it runs in that of the program.
+        """
         self._given = os.path.abspath(folder)
+        self._environments = environments
         self._said_large = False
         read_manifest(self._given)
 
@@ -83,6 +90,15 @@ class LocalPackage:
             )
 
     def make_ready(self) -> LoadablePackage:
-        """Read the manifest. Raises PackageError."""
+        """Read the manifest and, where one is wanted, make the environment. Raises PackageError and OSError."""
         manifest = read_manifest(self._given)
-        return LoadablePackage(folder=manifest.folder, startup=manifest.startup)
+        environment = None
+        if self._environments is not None and manifest.python_env is not None:
+            wanted = read_python_env(os.path.join(manifest.folder, manifest.python_env))
+            environment = self._environments.get(wanted, beside=manifest.folder)
+        return LoadablePackage(folder=manifest.folder, startup=manifest.startup, environment=environment)
+
+    def close(self) -> None:
+        """Break off the making of an environment."""
+        if self._environments is not None:
+            self._environments.close()

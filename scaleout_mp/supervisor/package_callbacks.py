@@ -49,7 +49,7 @@ class LoadablePackage:
 
 
 class PackageSource(Protocol):
-    """Where a package comes from. Both methods block, and are called on a thread, one at a time."""
+    """Where a package comes from. `version` and `make_ready` block; they are called on a thread, one at a time."""
 
     @property
     def name(self) -> str:
@@ -62,6 +62,10 @@ class PackageSource(Protocol):
 
     def make_ready(self) -> LoadablePackage:
         """Do what is needed before it can be loaded; may take long. Raises PackageError and OSError."""
+        ...
+
+    def close(self) -> None:
+        """Break off what `make_ready` is at. Called from another thread, and returns at once."""
         ...
 
 
@@ -117,6 +121,7 @@ class PackageCallbacks(Callbacks):
 
     async def aclose(self) -> None:
         """Stop looking at the package. The executor ends what of it runs."""
+        self._source.close()
         tasks = [*self._loading, *filter(None, [self._watching])]
         for task in tasks:
             task.cancel()

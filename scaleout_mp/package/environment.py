@@ -1,0 +1,222 @@
+"""The environment that a package asks for in `python_env.yaml`: built once for each content, verified, kept.
+
+The program stays in its own. Of this package the environment gets the child side, as a copy beside it, and what that
+needs: numpy and msgpack.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import scaleout_mp
+from scaleout_mp.errors import PackageError
+from scaleout_mp.executor import Environment
+from scaleout_mp.package.installing import LOOK_EVERY, Installer, find_installer
+from scaleout_mp.package.manifest import read_yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+
+#: What the child side of this package imports.
+NEEDED: Final = ("msgpack>=1.1", "numpy")
+#: The published client's own names: it is not what runs here.
+_NOT_NEEDED: Final = frozenset({"fedn", "scaleout"})
+_MARK: Final = "scaleout-mp-environment.json"
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PythonEnv:
+    """What `python_env.yaml` says."""
+
+    build_dependencies: tuple[str, ...] = ()
+    dependencies: tuple[str, ...] = ()
+
+    @property
+    def requirements(self) -> tuple[str, ...]:
+        """What is installed, with what the child side needs."""
+        named = {_distribution(line) for line in self.dependencies}
+        return (*self.dependencies, *(line for line in NEEDED if _distribution(line) not in named))
+
+    def key(self) -> str:
+        """Return what is the same for environments that are the same."""
+        content = [
+            self.build_dependencies,
+            self.requirements,
+            platform.python_implementation(),
+            sys.version_info[:3],
+            os.path.realpath(sys.executable),
+            platform.machine(),
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+
+
+def _distribution(line: str) -> str:
+    """Return the name that a requirement begins with, as indexes compare names."""
+    match = _NAME.match(line.strip())
+    return "" if match is None else re.sub(r"[-_.]+", "-", match[0]).lower()
+
+
+def read_python_env(path: str) -> PythonEnv:
+    """Read `python_env.yaml`. Raises PackageError, in one line."""
+    content = read_yaml(path)
+    return PythonEnv(
+        build_dependencies=_requirements(content, "build_dependencies", path),
+        dependencies=_requirements(content, "dependencies", path),
+    )
+
+
+def _requirements(content: dict[str, Any], key: str, path: str) -> tuple[str, ...]:
+    lines = content.get(key) or []
+    if not isinstance(lines, list) or not all(isinstance(line, str) and "\n" not in line for line in lines):
+        raise PackageError(f"{path}: {key} must be a list of requirements, each a line of text")
+    return tuple(line.strip() for line in lines if line.strip() not in _NOT_NEEDED)
+
+
+def default_cache() -> str:
+    """Return where environments are kept unless somebody says otherwise."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(cache, "scaleout-mp")
+
+
+class Environments:
+    """Environments in a folder that all clients of a user share. Its methods block."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        self._folder = os.path.abspath(default_cache() if folder is None else folder)
+        self._closed = False
+
+    def get(self, wanted: PythonEnv, *, beside: str) -> Environment:
+        """Return an environment that holds what is wanted; build it when there is none, or when it is broken.
+
+        Requirements that are paths are looked for from the folder `beside`. Raises PackageError with the end of what
+        the installer said, and OSError.
+        """
+        self._closed = False
+        os.makedirs(self._folder, mode=0o700, exist_ok=True)
+        root = self._package_root()
+        path = os.path.join(self._folder, "environments", wanted.key())
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        environment = Environment(executable=os.path.join(path, "bin", "python"), package_root=root)
+        with self._locked(f"{path}.lock"):
+            if _is_marked(path, wanted) and self._problem(environment) is None:
+                return environment
+            self._build(path, wanted, beside)
+            problem = self._problem(environment)
+            if problem is not None:
+                raise PackageError(f"the environment that was built cannot run tasks: {problem}")
+            _mark(path, wanted)
+        return environment
+
+    def close(self) -> None:
+        """Break off a build. Called from another thread."""
+        self._closed = True
+
+    def _require_wanted(self) -> None:
+        if self._closed:
+            raise PackageError("the client ended while the package's environment was made")
+
+    @contextlib.contextmanager
+    def _locked(self, path: str) -> Iterator[None]:
+        """Have the others wait that want to build the same."""
+        with open(path, "w", encoding="ascii") as file:
+            while True:
+                self._require_wanted()
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    # A wait for the lock itself could not be broken off.
+                    time.sleep(LOOK_EVERY)
+                else:
+                    break
+            yield
+
+    def _build(self, path: str, wanted: PythonEnv, beside: str) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        installer = find_installer(path, beside, self._require_wanted)
+        logger.info(
+            "building the package's environment with %s: %s",
+            installer.name,
+            ", ".join(wanted.requirements),
+            extra={"action": "environment_building"},
+        )
+        begun = time.monotonic()
+        installer.make()
+        for requirements in filter(None, [wanted.build_dependencies, wanted.requirements]):
+            installer.install(requirements)
+        logger.info(
+            "the package's environment was built in %.1f s",
+            time.monotonic() - begun,
+            extra={"action": "environment_built"},
+        )
+
+    def _problem(self, environment: Environment) -> str | None:
+        """Say what keeps an environment from running tasks: the child side is imported in it."""
+        modules = "numpy, scaleout_mp.worker.template, scaleout_mp.client.package_calls, scaleout_mp.model"
+        if not os.path.exists(environment.executable):
+            return "it has no interpreter"
+        check = Installer(self._folder, self._folder, self._require_wanted)
+        try:
+            check.run(
+                [environment.executable, "-P", "-c", f"import {modules}"], {"PYTHONPATH": environment.package_root}
+            )
+        except PackageError as error:
+            return str(error)
+        return None
+
+    def _package_root(self) -> str:
+        """Return a folder with a copy of this package and nothing else. Of its own for each state of the package."""
+        source = os.path.dirname(os.path.abspath(scaleout_mp.__file__))
+        digest = hashlib.blake2b(source.encode(), digest_size=8)
+        for folder, folders, names in os.walk(source):
+            folders[:] = sorted(name for name in folders if name != "__pycache__")
+            for name in sorted(names):
+                facts = os.stat(os.path.join(folder, name))
+                digest.update(f"\0{folder}/{name}\0{facts.st_size}\0{facts.st_mtime_ns}".encode())
+        root = os.path.join(self._folder, "package", digest.hexdigest())
+        if not os.path.isdir(root):
+            os.makedirs(os.path.dirname(root), exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=os.path.dirname(root)) as temporary:
+                made = os.path.join(temporary, "root")
+                shutil.copytree(source, os.path.join(made, "scaleout_mp"), ignore=shutil.ignore_patterns("__pycache__"))
+                with contextlib.suppress(FileExistsError, OSError):
+                    # Another client may have been faster.
+                    os.rename(made, root)
+        return root
+
+
+def _mark_text(wanted: PythonEnv) -> str:
+    return json.dumps({"key": wanted.key(), "requirements": wanted.requirements})
+
+
+def _is_marked(path: str, wanted: PythonEnv) -> bool:
+    """Whether the environment was built to its end, and for this."""
+    try:
+        with open(os.path.join(path, _MARK), encoding="utf-8") as file:
+            return file.read() == _mark_text(wanted)
+    except OSError:
+        return False
+
+
+def _mark(path: str, wanted: PythonEnv) -> None:
+    mark = os.path.join(path, _MARK)
+    with open(f"{mark}.new", "w", encoding="utf-8") as file:
+        file.write(_mark_text(wanted))
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(f"{mark}.new", mark)
