@@ -132,7 +132,12 @@ class ScratchFolders:
 
     def close(self) -> None:
         """Remove the base with whatever is still in it. Call it once, at the end."""
-        parent = os.open(self._parent, OPEN)
+        try:
+            parent = os.open(self._parent, OPEN)
+        except FileNotFoundError:
+            # Gone with all that was in it.
+            os.close(self._folder)
+            return
         try:
             if _is_at(self._folder, self._path):
                 Removal(give_up=self._giving_up.is_set).remove(os.path.basename(self._path), parent)

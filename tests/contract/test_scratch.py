@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -114,6 +115,27 @@ def test_a_base_that_was_cleared_away_is_made_anew(base):
         old.rename(base.parent / "elsewhere")
         seen = executor.submit(programs.look_around).result(20)
         assert os.path.dirname(os.path.dirname(seen["TMPDIR"])) == str(base)
+
+
+def test_nothing_is_missed_when_all_of_it_is_gone_at_the_end(tmp_path):
+    parent = tmp_path / "gone"
+    parent.mkdir()
+    with TaskExecutor(echo_output=False, scratch_folder=parent) as executor:
+        executor.submit(programs.look_around).result(20)
+        shutil.rmtree(parent)
+    assert not parent.exists()
+
+
+def test_a_worker_keeps_its_folder_and_its_bound(base):
+    limits = Limits(scratch_size="32MiB")
+    with TaskExecutor(isolation="worker", echo_output=False, scratch_folder=base, limits=limits) as executor:
+        first, second = (executor.submit(programs.look_around, worker="w").result(20) for _ in range(2))
+        assert first["TMPDIR"] == second["TMPDIR"]
+        assert len(folders(base)) == 1
+        report = executor.submit(programs.fill_one_file, worker="w").report(60)
+        assert report.reason is EndReason.SCRATCH_SIZE
+        assert executor.submit(programs.look_around, worker="w").result(20)["TMPDIR"] != first["TMPDIR"]
+    assert folders(base) == []
 
 
 def test_what_a_killed_supervisor_left_goes(base):
