@@ -11,10 +11,16 @@ from scaleout_mp.model.memfd import Bytes, write_all
 
 
 def replace_file(path: str | os.PathLike[str], *parts: Bytes, sync: bool) -> None:
+    """Do as `replace_and_open`, for who will not read the file."""
+    os.close(replace_and_open(path, *parts, sync=sync))
+
+
+def replace_and_open(path: str | os.PathLike[str], *parts: Bytes, sync: bool) -> int:
     """Write all parts beside `path` and rename it there: a reader sees the old file or the new one.
 
     Behind a symbolic link, it is the file that is replaced. ModelError when there is a device, a pipe or a socket: a
-    rename would take its place. `sync`: make it survive a loss of power, too.
+    rename would take its place. `sync`: make it survive a loss of power, too. Returns a descriptor to read the file by,
+    also when another one has taken its place.
     """
     path = os.path.realpath(os.fsdecode(path))
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
@@ -29,13 +35,19 @@ def replace_file(path: str | os.PathLike[str], *parts: Bytes, sync: bool) -> Non
                 os.fsync(fd)
         finally:
             os.close(fd)
-        os.replace(part, path)
+        reader = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.replace(part, path)
+            if sync:
+                sync_folder(folder)
+        except BaseException:
+            os.close(reader)
+            raise
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
         raise
-    if sync:
-        sync_folder(folder)
+    return reader
 
 
 def sync_folder(folder: str) -> None:

@@ -6,12 +6,15 @@ fcntl(2) on file sealing.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import mmap
 import os
 import stat
+import threading
 import weakref
 from typing import TYPE_CHECKING, Final, Self
 
@@ -33,6 +36,9 @@ DEFAULT_MAX_SIZE: Final = 16 << 30
 _POPULATE_FROM: Final = 1 << 20
 _MADV_POPULATE_READ: Final = 22
 
+#: UIO_MAXIOV of Linux, writev(2).
+_MOST_PARTS: Final = 1024
+
 Bytes = bytes | bytearray | memoryview
 
 
@@ -51,9 +57,11 @@ class MappedBytes:
         self._size = size
         self._sha256 = sha256
         self._map: mmap.mmap | None = None
+        # A descriptor that another thread closes meanwhile may already be that of another file.
+        self._lock = threading.RLock()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, sha256: str | None = None) -> Self:
+    def open(cls, path: str | os.PathLike[str]) -> Self:
         """Open a regular file where it lies, without a copy.
 
         The file must not be truncated while it is mapped: a reader would die of SIGBUS. Replacing it by
@@ -65,7 +73,7 @@ class MappedBytes:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise ModelFormatError(f"{os.fspath(path)} is not a regular file")  # noqa: TRY301
-            return cls(fd, status.st_size, sha256=sha256)
+            return cls(fd, status.st_size)
         except BaseException:
             os.close(fd)
             raise
@@ -100,12 +108,13 @@ class MappedBytes:
 
     def map(self) -> mmap.mmap:
         """Return the read-only map; made once. Empty bytes cannot be mapped: ValueError."""
-        self._require_open()
-        if self._map is None:
-            # MAP_PRIVATE: before Linux 6.7 a shared map of a write-sealed memfd is refused, read-only or not.
-            # The pages are the same, and none is ever copied, since nothing can write through the map.
-            self._map = mmap.mmap(self._fd, self._size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
-        return self._map
+        with self._lock:
+            self._require_open()
+            if self._map is None:
+                # MAP_PRIVATE: before Linux 6.7 a shared map of a write-sealed memfd is refused, read-only or not.
+                # The pages are the same, and none is ever copied, since nothing can write through the map.
+                self._map = mmap.mmap(self._fd, self._size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+            return self._map
 
     def view(self) -> memoryview:
         """Return all bytes as a read-only view of the map."""
@@ -140,20 +149,22 @@ class MappedBytes:
 
     def dup(self) -> Self:
         """Return a second owner of the same bytes, with a descriptor and a map of its own."""
-        twin = type(self)(_dup(self.fileno()), self._size)
+        with self._lock:
+            twin = type(self)(_dup(self.fileno()), self._size)
         twin._sha256 = self._sha256  # noqa: SLF001 - the same class
         return twin
 
-    def moved_to(self, path: str | os.PathLike[str]) -> MappedBytes:
-        """Return the owner of a file that now holds the same bytes."""
-        return MappedBytes.open(path, sha256=self._sha256)
+    def moved_to(self, fd: int) -> MappedBytes:
+        """Return the owner of `fd`, a file that now holds the same bytes."""
+        return MappedBytes(fd, self.size, sha256=self._sha256)
 
     def close(self) -> None:
         """Give the descriptor back, and the map as soon as no view of it is left. Safe to call again."""
-        self._closer()
-        # Not mmap.close(), which unmaps even under those who refer to the map without an export of its
-        # buffer, as numpy.ndarray(buffer=...) does: the map goes with the last reference to it.
-        self._map = None
+        with self._lock:
+            self._closer()
+            # Not mmap.close(), which unmaps even under those who refer to the map without an export of its
+            # buffer, as numpy.ndarray(buffer=...) does: the map goes with the last reference to it.
+            self._map = None
 
     def _require_open(self) -> None:
         if not self._closer.alive:
@@ -337,14 +348,14 @@ def is_sealed(fd: int) -> bool:
 def write_all(fd: int, *parts: Bytes) -> int:
     """Write all parts to a descriptor; returns the number of bytes.
 
-    One call moves at most 2 GiB, and may stop short of that.
+    One call takes at most 1024 parts, moves at most 2 GiB, and may stop short of that.
     """
-    pending = [view for view in (memoryview(part) for part in parts) if view.nbytes]
+    pending = collections.deque(view for view in (memoryview(part) for part in parts) if view.nbytes)
     total = sum(view.nbytes for view in pending)
     while pending:
-        done = os.writev(fd, pending)
+        done = os.writev(fd, list(itertools.islice(pending, _MOST_PARTS)))
         while pending and done >= pending[0].nbytes:
-            done -= pending.pop(0).nbytes
+            done -= pending.popleft().nbytes
         if pending and done:
             pending[0] = pending[0][done:]
     return total

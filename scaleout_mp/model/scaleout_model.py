@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, Self
 from scaleout_mp.errors import ModelFormatError
 from scaleout_mp.model import container as layout
 from scaleout_mp.model.container import DEFAULT_LIMITS, Container, ContainerLimits
-from scaleout_mp.model.files import replace_file
+from scaleout_mp.model.files import replace_and_open
 from scaleout_mp.model.helpers import Helper, get_helper
 from scaleout_mp.model.memfd import MappedBytes, SealedMemory, is_sealed
 from scaleout_mp.model.streams import ViewStream
@@ -265,9 +265,9 @@ class ScaleoutModel:
     def save_to_file(self, file_path: str | os.PathLike[str]) -> None:
         """Write the container to a file, replacing it whole; from then on this model refers to that file."""
         source = self._container.source
-        replace_file(file_path, *source.pieces(), sync=False)
-        self._container.source = source.moved_to(file_path)
-        source.close()
+        fd = replace_and_open(file_path, *source.pieces(), sync=False)
+        # The memory goes with the last reference to it: another thread may be reading it.
+        self._container.source = source.moved_to(fd)
 
     def get_file_stream(self) -> ViewStream:
         """Return the whole container as a file."""

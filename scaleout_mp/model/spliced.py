@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from scaleout_mp.model.memfd import Bytes, MappedBytes, MemoryFile, SealedMemory
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator
 
 
@@ -31,7 +30,7 @@ class SplicedBytes:
         self._tail = tail
         self._whole: SealedMemory | None = None
         self._sha256: str | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @property
     def size(self) -> int:
@@ -100,15 +99,16 @@ class SplicedBytes:
         twin._sha256 = self._sha256
         return twin
 
-    def moved_to(self, path: str | os.PathLike[str]) -> MappedBytes:
-        """Return the owner of a file that now holds the same bytes."""
-        return MappedBytes.open(path, sha256=self._sha256)
+    def moved_to(self, fd: int) -> MappedBytes:
+        """Return the owner of `fd`, a file that now holds the same bytes."""
+        return MappedBytes(fd, self.size, sha256=self._sha256)
 
     def close(self) -> None:
         """Give the memory back as soon as no view of it is left. Safe to call again."""
-        self._head.close()
-        if self._whole is not None:
-            self._whole.close()
+        with self._lock:
+            self._head.close()
+            if self._whole is not None:
+                self._whole.close()
 
     def _joined(self) -> SealedMemory:
         with self._lock:

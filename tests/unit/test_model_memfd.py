@@ -141,6 +141,13 @@ def test_only_regular_files_are_mapped(tmp_path):
         MappedBytes.open(tmp_path / "missing")
 
 
+def test_write_all_takes_more_parts_than_one_call(tmp_path):
+    parts = [bytes([index % 256]) * (index % 3) for index in range(5000)]
+    with open(tmp_path / "file", "wb", buffering=0) as file:
+        assert write_all(file.fileno(), *parts) == len(b"".join(parts))
+    assert (tmp_path / "file").read_bytes() == b"".join(parts)
+
+
 def test_write_all_goes_on_after_short_writes():
     reader, writer = os.pipe()
     os.set_blocking(reader, True)

@@ -1,5 +1,6 @@
 """Models that differ in their metadata only: they share their weights, and nobody can tell."""
 
+import hashlib
 import io
 import json
 import os
@@ -171,13 +172,61 @@ def test_limits_on_what_was_received_outlive_a_new_id():
             use.get_training_model()
 
 
-def test_threads_may_ask_for_the_descriptor_at_once(renamed):
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(renamed.fileno())) for _ in range(8)]
+def all_at_once(*works):
+    """Run each in a thread of its own and return what they raised."""
+    raised = []
+
+    def run(work):
+        try:
+            work()
+        except Exception as error:  # the test looks at all of them
+            raised.append(error)
+
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    return raised
+
+
+def test_closing_while_others_read_is_told_as_such():
+    """A descriptor that is closed under a reader would be an error of the system, or another file."""
+    raised = []
+    for turn in range(200):
+        model = ScaleoutModel.from_training_model(WEIGHTS)
+        if turn % 2:
+            model = model.to_builder().set_model_id("renamed").build()
+        raised += all_at_once(model.get_training_model, model.fileno, model.to_builder, model.verify, model.close)
+    assert {(type(error), str(error)) for error in raised} <= {(ValueError, "the model's bytes were closed")}
+
+
+def test_saving_while_others_read_disturbs_nobody(model, tmp_path):
+    def save():
+        for _ in range(50):
+            model.save_to_file(tmp_path / "model.scm")
+
+    def read():
+        for _ in range(50):
+            assert equal(model.get_training_model(), WEIGHTS)
+            model.to_builder().set_metadata("k", 1).build().close()
+
+    assert all_at_once(save, save, read, read) == []
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.scm"]
+
+
+def test_a_saved_model_is_that_file_whatever_takes_its_place(model, tmp_path):
+    path = tmp_path / "model.scm"
+    model.save_to_file(path)
+    ScaleoutModel.from_training_model([np.zeros(2)]).save_to_file(path)
+    assert equal(model.get_training_model(), WEIGHTS)
+    assert model.checksum == hashlib.sha256(model.get_file_stream().read()).hexdigest()
+
+
+def test_threads_may_ask_for_the_descriptor_at_once(renamed):
+    found = []
+    assert all_at_once(*[lambda: found.append(renamed.fileno())] * 8) == []
+    assert len(found) == 8
     assert len(set(found)) == 1
 
 
