@@ -98,6 +98,8 @@ class ModelStore:
     def get(self, model_id: str, *, verify: bool = True) -> ScaleoutModel:
         """Return a model mapped from disk; it is not evicted until it is closed.
 
+        Bare weights, which have no id of their own, get the one that they are asked for by.
+
         ModelNotFoundError when it is not here. `verify`: compare all of it with its checksums, once for each file;
         ModelFormatError when it is damaged. Without it, each part is compared when it is first used here.
         """
@@ -109,6 +111,8 @@ class ModelStore:
         status = os.fstat(fd)
         model = ScaleoutModel.from_memory(MappedBytes(fd, status.st_size), limits=self._limits)
         try:
+            if model.legacy_source:
+                model = model.to_builder().set_model_id(model_id).build()
             # Another user's file, or a disk that is read-only: only the order of eviction is less exact.
             with contextlib.suppress(OSError):
                 os.utime(fd, ns=(time.time_ns(), status.st_mtime_ns))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scaleout_mp.errors import ModelError, ModelFormatError, ModelNotFoundError
-from scaleout_mp.model import ContainerLimits, ModelStore, ScaleoutModel
+from scaleout_mp.model import ContainerLimits, ModelStore, ScaleoutModel, get_helper
 
 
 def models_in(folder) -> list[str]:
@@ -87,6 +87,15 @@ def damage(path: str) -> None:
         file.seek(0)
         file.write(data)
     os.utime(path, ns=(0, 0))
+
+
+def test_bare_weights_have_the_id_that_they_are_asked_for_by(tmp_path):
+    np.savez(tmp_path / "seed.npz", **{"0": np.arange(3)})
+    (tmp_path / "seed.npz").rename(tmp_path / "seed.scm")
+    with ModelStore(tmp_path).get("seed") as model:
+        assert model.model_id == "seed"
+        assert model.legacy_source
+        assert model.get_training_model(get_helper("numpyhelper"))[0].tolist() == [0, 1, 2]
 
 
 def test_damage_is_found_on_load(tmp_path):
