@@ -35,6 +35,9 @@ NPZ_LIMITS: Final = ArchiveLimits(max_entries=1 << 17)
 #: An array that does not lie in one piece is gathered in blocks of so many bytes.
 _GATHER_AT_ONCE: Final = 16 << 20
 
+#: numpy.dtype.isbuiltin of a type that another package registered.
+_OF_AN_EXTENSION: Final = 2
+
 _MAGIC: Final = b"\x93NUMPY"
 _MAX_HEADER: Final = (1 << 16) - 1
 _HEADER_KEYS: Final = {"descr", "fortran_order", "shape"}
@@ -105,6 +108,9 @@ class EncodedArray:
         if not (array.flags.c_contiguous or array.flags.f_contiguous) and array.nbytes < _GATHER_AT_ONCE:
             array = np.ascontiguousarray(array)
         fields = npy_format.header_data_from_array_1_0(array)
+        if array.dtype.isbuiltin == _OF_AN_EXTENSION:
+            # Some describe themselves by what numpy cannot read: float8_e5m2 says "<f1".
+            fields["descr"] = f"|V{array.dtype.itemsize}"
         self.array = array
         self.header = _write_header(fields, label)
         #: The array's bytes in their order in the file; None when they lie too far apart to be one view.

@@ -96,6 +96,18 @@ def test_custom_sixteen_bit_floats_come_as_raw_views():
     assert loaded[1].dtype == np.float16
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "float8_e4m3fn", "float8_e5m2", "int4"])
+def test_extension_types_come_back_as_raw_views(name):
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="the extra dev has it, this environment does not")
+    array = np.arange(6).astype(getattr(ml_dtypes, name)).reshape(2, 3)
+    with ScaleoutModel.from_training_model([array, array[:, ::2], np.asfortranarray(array)]) as model:
+        loaded = model.get_training_model()
+    assert {read.dtype for read in loaded} == {np.dtype(f"V{array.itemsize}")}
+    assert loaded[0].view(array.dtype).tolist() == array.tolist()
+    assert loaded[1].view(array.dtype).tolist() == array[:, ::2].tolist()
+    assert loaded[2].T.view(array.dtype).T.tolist() == array.tolist()
+
+
 @pytest.mark.filterwarnings("ignore:the matrix subclass")
 @pytest.mark.parametrize("compression", ["auto", "stored", "deflate"])
 def test_subclasses_come_back_as_plain_arrays(compression):
