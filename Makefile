@@ -5,7 +5,7 @@ COMPAT11 := .venv-compat-1.1
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench fuzz protos docs-check clean
+.PHONY: help install demo test chaos lint format bench fuzz protos docs-check clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
@@ -48,6 +48,9 @@ demo: .venv/.demo  ## Run a federated session on this machine, with tasks that m
 
 test: .venv/.dev $(COMPAT)/.done $(COMPAT11)/.done  ## Run the tests
 	$(BIN)/python -m pytest
+
+chaos: .venv/.dev  ## Three minutes of a session in which everything breaks; CHAOS_SECONDS and CHAOS_SEED say how long, and which
+	CHAOS_SECONDS=$${CHAOS_SECONDS:-180} $(BIN)/python -m pytest -q -s tests/integration/test_chaos.py
 
 lint: .venv/.dev  ## Check style, types, layers and docs
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import sys
 import time
 
@@ -14,15 +15,18 @@ client = EdgeClient(runtime=GrpcEdgeClientRuntime(limits=Limits(abort_grace=0.5)
 
 def train(model, settings):
     """Log some steps, or go on until killed; then return the model, one added to its weights."""
+    # Every value is a float32 on the wire.
+    run = random.getrandbits(20)
     step = 0
     while step < settings.get("steps", sys.maxsize):
-        client.log_metric({"loss": 1 / (step + 1)}, step=step)
+        client.log_metric({"loss": 1 / (step + 1), "run": run}, step=step)
         step += 1
         time.sleep(settings.get("pause", 0))
     if settings.get("hang"):
         time.sleep(1000)
     weights = [array + 1 for array in model.get_training_model()]
-    return ScaleoutModel.from_training_model(weights), {"training_metadata": {"num_examples": 7}}
+    meta = {"training_metadata": {"num_examples": 7}, "run": run, "steps": step}
+    return ScaleoutModel.from_training_model(weights), meta
 
 
 def validate(model):

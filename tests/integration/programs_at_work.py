@@ -79,6 +79,14 @@ class Program:
     def send(self, number):
         self._process.send_signal(number)
 
+    def terminate(self):
+        self.send(signal.SIGTERM)
+
+    @property
+    def ended(self):
+        """Whether it is over; then all its output is there."""
+        return self._process.poll() is not None and self.end(seconds=0) is not None
+
     def kill(self):
         self.send(signal.SIGKILL)
 
