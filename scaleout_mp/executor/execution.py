@@ -432,6 +432,7 @@ class Execution:
     # --- What the child says -----------------------------------------------------------------------------------------
 
     def _on_frame(self, frame: Frame) -> None:
+        self._evidence.heard = True
         if self._watches is not None:
             self._watches.sign_of_life()
         if frame.kind in messages.RECORD_KINDS:

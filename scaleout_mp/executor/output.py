@@ -33,6 +33,7 @@ class OutputRelay:
     def __init__(self) -> None:
         self._queue: queue.Queue[tuple[Callable[[], None], int] | None] = queue.Queue(_MOST_WAITING)
         self._waiting_size = 0
+        self._lock = threading.Lock()
         self._dropped = 0
         self._thread: threading.Thread | None = None
 
@@ -58,13 +59,16 @@ class OutputRelay:
         except queue.Full:
             self._dropped += 1
         else:
+            self._count(size)
+
+    def _count(self, size: int) -> None:
+        with self._lock:
             self._waiting_size += size
 
     def _run(self) -> None:
         while (waiting := self._queue.get()) is not None:
             action, size = waiting
-            # Off by a piece or two when both threads count at once: it is a bound, not a balance.
-            self._waiting_size -= size
+            self._count(-size)
             try:
                 action()
             except Exception:  # noqa: BLE001 - a stream that is closed, or a handler of the user's: the next goes on

@@ -40,6 +40,8 @@ class Evidence:
     layers: tuple[str, ...] = ()
     stop: StopCause | None = None
     stopped_by: StopStage | None = None
+    #: The task's process has said something: it ran, whatever its launcher can tell.
+    heard: bool = False
     has_result: bool = False
     failure: Failure | None = None
     exited: Exited | None = None
@@ -143,11 +145,23 @@ def _conclude_unasked(seen: Evidence) -> tuple[EndReason, str]:
         limit, peak = readable_size(seen.memory_limit), readable_size(seen.peak_memory)
         return EndReason.MEMORY_LIMIT, f"passed its memory limit of {limit} (peak {peak}); killed by the kernel"
     if seen.launcher_problem is not None:
-        reason = EndReason.REFUSED if seen.start_method is None else EndReason.CRASHED
-        return reason, seen.launcher_problem
-    if seen.exited is not None and seen.exited.code == -signal.SIGXCPU and seen.limits.cpu_time is not None:
+        ran = seen.start_method is not None or seen.heard
+        return EndReason.CRASHED if ran else EndReason.REFUSED, seen.launcher_problem
+    return _conclude_signal(seen) or (EndReason.CRASHED, _crash_message(seen))
+
+
+def _conclude_signal(seen: Evidence) -> tuple[EndReason, str] | None:
+    """Say which limit the kernel's own signal stands for; None: it is another signal, or there is no such limit."""
+    code = None if seen.exited is None else seen.exited.code
+    if code == -signal.SIGXCPU and seen.limits.cpu_time is not None:
         return EndReason.CPU_TIME, f"used more than its {seen.limits.seconds('cpu_time'):g} s of processor time"
-    return EndReason.CRASHED, _crash_message(seen)
+    if code == -signal.SIGXFSZ and seen.limits.file_size is not None:
+        return EndReason.FILE_SIZE, _file_size_message(seen.limits)
+    return None
+
+
+def _file_size_message(limits: Limits) -> str:
+    return f"wrote a file up to its limit of {readable_size(limits.file_size_bytes)}"
 
 
 def _conclude_refusal(seen: Evidence, refused: Refusal) -> tuple[EndReason, str] | None:
@@ -159,7 +173,7 @@ def _conclude_refusal(seen: Evidence, refused: Refusal) -> tuple[EndReason, str]
             f"(peak {readable_size(seen.peak_memory)})"
         )
     if refused is Refusal.FILE_SIZE and limits.file_size is not None:
-        return EndReason.FILE_SIZE, f"wrote a file up to its limit of {readable_size(limits.file_size_bytes)}"
+        return EndReason.FILE_SIZE, _file_size_message(limits)
     if refused is Refusal.OPEN_FILES and limits.open_files is not None:
         return EndReason.OPEN_FILES, f"wanted more than the {limits.open_files} descriptors that it may have"
     if refused is Refusal.PIDS and limits.pids is not None:

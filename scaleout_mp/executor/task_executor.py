@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import queue
 import threading
 import uuid
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from scaleout_mp.config import Surroundings
 from scaleout_mp.executor.core import PRELOAD, ExecutorCore
+from scaleout_mp.executor.record_queue import RecordQueue
 from scaleout_mp.executor.residents import IDLE_SECONDS
 from scaleout_mp.executor.states import MAX_STATE
 from scaleout_mp.executor.worker_handle import Worker, WorkerOptions, check_isolation, pack_set_up
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from scaleout_mp.executor.worker_handle import Isolation
     from scaleout_mp.ipc.arguments import PreparedCallable
 
-#: Records of one task that wait for `Task.records`; past it the oldest go.
-_MOST_RECORDS: Final = 1_000_000
 #: Seconds for killing what runs, when nobody wants to wait.
 _KILL_SECONDS: Final = 5.0
 
@@ -47,9 +45,8 @@ class Task:
         #: None before the loop has heard of the task, and once it is over: both refer to each other, and the result
         #: would stay until the next collection.
         self._execution: Execution | None = None
-        self._records: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
+        self._records = RecordQueue()
         self._outcome: concurrent.futures.Future[Outcome] = concurrent.futures.Future()
-        self._records_done = False
 
     def __repr__(self) -> str:
         return f"<Task {self.name} {self.task_id} {self.state}>"
@@ -75,15 +72,11 @@ class Task:
         return self._outcome.done()
 
     def records(self) -> Iterator[Record]:
-        """Yield what the task logs, as it comes, until the task is over. Each record is yielded once."""
-        while not self._records_done:
-            record = self._records.get()
-            if record is None:
-                self._records_done = True
-                # For whoever else waits, on another thread.
-                self._records.put(None)
-                return
-            yield record
+        """Yield what the task logs, as it comes, until the task is over. Each record is yielded once.
+
+        Of what nobody reads, some 12 MiB wait; then the oldest go, which the log says.
+        """
+        yield from self._records
 
     def result(self, timeout: float | None = None) -> Any:
         """Wait for what the callable returned.
@@ -109,8 +102,6 @@ class Task:
 
     def _on_record(self, record: Record) -> None:
         self._records.put(record)
-        if self._records.qsize() > _MOST_RECORDS:
-            self._records.get_nowait()
 
     def _abort(self, reason: str) -> None:
         if self._execution is not None:
@@ -122,12 +113,12 @@ class Task:
 
     def _refuse(self, error: Exception) -> None:
         self._outcome.set_exception(error)
-        self._records.put(None)
+        self._records.end()
 
     def _finish(self, outcome: Outcome) -> None:
         self._outcome.set_result(outcome)
         self._execution = None
-        self._records.put(None)
+        self._records.end()
 
 
 class TaskExecutor:

@@ -23,6 +23,8 @@ _FIRST: Final = 0.03
 _CALM: Final = 0.02
 #: Between two searches for orphans of the task, seconds.
 _ORPHAN_SEARCH: Final = 0.1
+#: Bytes by which the kernel's counters may be behind its own bound.
+_KERNEL_SLACK: Final = 1 << 22
 #: Processes that are looked at between two events of the loop.
 _FEW: Final = 8
 #: One search for the orphans of all tasks.
@@ -53,6 +55,8 @@ class TreeWatch:
     _orphans: list[int] = dataclasses.field(default_factory=list)
     _next_search: float | None = None
     _grew: bool = True
+    #: The group holds all of the tree.
+    _kernel_alone: bool = True
     _processes: int = 1
     _cost: float = 0.0
 
@@ -84,7 +88,7 @@ class TreeWatch:
         return cause
 
     def _look_at_memory(self, pids: list[int]) -> StopCause | None:
-        over = self._count(pids) if self.group is None else self._count_by_group(self.group)
+        over = self._count(pids) if self.group is None else self._count_by_group(self.group, pids)
         self.peak = max(self.peak, self.now)
         if not over:
             return None
@@ -100,13 +104,17 @@ class TreeWatch:
         self.now = size
         return 0 < self.memory_limit < size
 
-    def _count_by_group(self, group: MemoryGroup) -> bool:
+    def _count_by_group(self, group: MemoryGroup, pids: list[int]) -> bool:
         try:
-            self.now = group.use().now
+            in_group = group.use().now
         except OSError:
             # Somebody removed the group from outside, which needs the task to be out of it.
-            return False
-        return self.killed_by_kernel()
+            in_group = 0
+        # Privileged code can leave its group, or raise the group's limit.
+        outside = [pid for pid in pids if not group.holds(pid)]
+        self.now = in_group + (memory.own_size(outside, self.shared) if outside else 0)
+        self._kernel_alone = not outside
+        return self.killed_by_kernel() or self.now > self.memory_limit + _KERNEL_SLACK
 
     def killed_by_kernel(self) -> bool:
         """Whether the kernel killed a process of the tree because the tree was at its limit."""
@@ -141,7 +149,7 @@ class TreeWatch:
             # Looking must not become the main work.
             return min(_LONGEST, 4 * self._cost)
         pauses = [_LONGEST if self.now else _FIRST]
-        if self.memory_limit and self.group is None:
+        if self.memory_limit and not (self.group is not None and self._kernel_alone):
             headroom = (self.memory_limit - self.now) / _FASTEST_GROWTH
             pauses.append(max(headroom, _SHORTEST if self._grew else _CALM))
         if self.cpu_limit is not None:

@@ -51,6 +51,11 @@ class Receiver:
         self._decoder = FrameDecoder()
         self._descriptors: collections.deque[int] = collections.deque()
 
+    @property
+    def violation(self) -> ProtocolViolation | None:
+        """What came after the frames that were read, when it is no frame."""
+        return self._decoder.violation
+
     def read(self, flags: int = 0) -> list[Frame] | None:
         """Read once. None: the other end is closed. Raises BlockingIOError, OSError and ProtocolViolation."""
         data, ancillary, message_flags, _ = self._sock.recvmsg(READ_SIZE, _ANCILLARY, flags | socket.MSG_CMSG_CLOEXEC)

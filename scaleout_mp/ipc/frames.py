@@ -74,15 +74,29 @@ class FrameDecoder:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        #: What is wrong with the bytes after the frames that were returned; nothing is decoded from there on.
+        self.violation: ProtocolViolation | None = None
 
     def feed(self, data: bytes) -> list[tuple[Kind, int, list[Any]]]:
         """Return the frames that are whole now, as (kind, descriptors, fields).
 
-        Raises ProtocolViolation on a length over MAX_FRAME and on what is not a frame.
+        What follows them may be no frame: whether they come with it in one read is chance, so they count all the same.
+        Raises ProtocolViolation on a length over MAX_FRAME and on what is not a frame, once none are left before it.
         """
+        frames: list[tuple[Kind, int, list[Any]]] = []
+        self._buffer += data
+        if self.violation is None:
+            try:
+                self._cut(frames)
+            except ProtocolViolation as violation:
+                self.violation = violation
+                self._buffer.clear()
+        if self.violation is not None and not frames:
+            raise self.violation
+        return frames
+
+    def _cut(self, frames: list[tuple[Kind, int, list[Any]]]) -> None:
         buffer = self._buffer
-        buffer += data
-        frames = []
         start = 0
         while len(buffer) - start >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(buffer, start)
@@ -94,7 +108,6 @@ class FrameDecoder:
             frames.append(_decode(bytes(buffer[start + _LENGTH.size : end])))
             start = end
         del buffer[:start]
-        return frames
 
     @property
     def pending(self) -> int:

@@ -113,6 +113,8 @@ class SupervisorChannel:
                     close_all(unread.descriptors)
                 self.close(violation)
                 return
+        if self._receiver.violation is not None:
+            self.close(self._receiver.violation)
 
     def drain(self, most: int = 1 << 26) -> None:
         """Read what is in the socket now, up to `most` bytes' worth of reads; called once the child is dead."""

@@ -49,6 +49,10 @@ class MemoryGroup(Protocol):
         """Read the counters. Raises OSError once the group is gone."""
         ...
 
+    def holds(self, pid: int) -> bool:
+        """Whether a process is in the group; also when it is gone."""
+        ...
+
     def remove(self) -> None:
         """Remove the group; its processes must be gone."""
         ...
@@ -85,11 +89,31 @@ def _remove(folder: str) -> None:
             return
 
 
-class _GroupV2:
+class _Group:
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    @property
+    def procs(self) -> str:
+        return f"{self._folder}/cgroup.procs"
+
+    def holds(self, pid: int) -> bool:
+        try:
+            groups = _read(f"/proc/{pid}/cgroup")
+        except OSError:
+            return True
+        # Its name is the task's tag, which is in no other group's name.
+        return f"/{os.path.basename(self._folder)}" in groups
+
+    def remove(self) -> None:
+        _remove(self._folder)
+
+
+class _GroupV2(_Group):
     NAME = "memory cgroup of version 2"
 
     def __init__(self, folder: str, limit: int) -> None:
-        self._folder = folder
+        super().__init__(folder)
         os.mkdir(folder)
         try:
             _write(f"{folder}/memory.max", str(limit))
@@ -103,10 +127,6 @@ class _GroupV2:
             _remove(folder)
             raise
 
-    @property
-    def procs(self) -> str:
-        return f"{self._folder}/cgroup.procs"
-
     def use(self) -> MemoryUse:
         stat = _fields(f"{self._folder}/memory.stat")
         now = stat.get("anon", 0) + stat.get("shmem", 0)
@@ -117,15 +137,12 @@ class _GroupV2:
             peak = now
         return MemoryUse(now=now, peak=peak, oom_kills=_fields(f"{self._folder}/memory.events").get("oom_kill", 0))
 
-    def remove(self) -> None:
-        _remove(self._folder)
 
-
-class _GroupV1:
+class _GroupV1(_Group):
     NAME = "memory cgroup of version 1"
 
     def __init__(self, folder: str, limit: int) -> None:
-        self._folder = folder
+        super().__init__(folder)
         os.mkdir(folder)
         try:
             _write(f"{folder}/memory.limit_in_bytes", str(limit))
@@ -136,10 +153,6 @@ class _GroupV1:
             _remove(folder)
             raise
 
-    @property
-    def procs(self) -> str:
-        return f"{self._folder}/cgroup.procs"
-
     def use(self) -> MemoryUse:
         stat = _fields(f"{self._folder}/memory.stat")
         return MemoryUse(
@@ -147,9 +160,6 @@ class _GroupV1:
             peak=int(_read(f"{self._folder}/memory.max_usage_in_bytes")),
             oom_kills=_fields(f"{self._folder}/memory.oom_control").get("oom_kill", 0),
         )
-
-    def remove(self) -> None:
-        _remove(self._folder)
 
 
 class MemoryGroups:

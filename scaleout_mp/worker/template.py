@@ -141,7 +141,9 @@ class Template:
         self._script = Script(**script).completed()
         self._script.apply_search_path()
         fatal = probe.refusal(lambda: tree.wear_tag(tree.new_tag()))
-        self._preparation = prepare(Rules.from_fields(rules), [self._supervisor, os.getppid()])
+        # A signal to the supervisor's group, whose leader may be the shell that started it, would reach it as well.
+        protected = dict.fromkeys([self._supervisor, os.getpgid(self._supervisor), os.getppid()])
+        self._preparation = prepare(Rules.from_fields(rules), list(protected))
         # Changes of privileges may undo it.
         process.die_with_parent(os.getppid())
         problems = []

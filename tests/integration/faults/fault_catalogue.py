@@ -25,6 +25,13 @@ MODULES = (
     "fault_crash",
     "fault_hang",
     "fault_tree",
+    "fault_reach",
+    "fault_channel",
+    "fault_flood",
+    "fault_memory",
+    "fault_files",
+    "fault_network",
+    "fault_results",
 )
 #: Of a task that may take its time to go, but not the suite's.
 SHORT = Limits(abort_grace=0.3)
@@ -38,6 +45,8 @@ class Place:
     """Where a fault happens, as its program sees it."""
 
     supervisor: int
+    guardian: int
+    template: int
     #: The level of confinement, "basic" for example.
     level: str
     #: Part of the environment, or of the mappings, of every process of this fault.
@@ -82,6 +91,7 @@ class Fault:
 
 
 _faults: dict[str, Fault] = {}
+_worn: list[mmap.mmap] = []
 
 
 def fault(ends: EndReason, **how: Any) -> Callable[[Callable[[Place], Any]], Callable[[Place], Any]]:
@@ -104,17 +114,24 @@ def all_faults() -> list[Fault]:
 
 
 def perform(place: Place, module: str, name: str) -> Any:
-    """Run a fault's program; called in the task's process. Marks the process first, so that nothing of it can hide."""
-    os.environ[MARK] = place.mark
-    # Programs that are started show the variable, forks show the mapping.
-    descriptor = os.memfd_create(place.mark)
+    """Run a fault's program; called in the task's process."""
+    wear(place.mark)
+    return getattr(importlib.import_module(module), name)(place)
+
+
+def wear(mark: str) -> None:
+    """Mark this process, so that nothing of it can hide: programs that it starts, and forks."""
+    os.environ[MARK] = mark
+    descriptor = os.memfd_create(mark)
     os.ftruncate(descriptor, mmap.PAGESIZE)
-    mapped = mmap.mmap(descriptor, mmap.PAGESIZE)
+    # Programs show the variable, forks the mapping.
+    _worn.append(mmap.mmap(descriptor, mmap.PAGESIZE))
     os.close(descriptor)
-    try:
-        return getattr(importlib.import_module(module), name)(place)
-    finally:
-        mapped.close()
+
+
+def needs_filter(stage: Stage) -> str | None:
+    """Skip a fault where no system call filter is in force."""
+    return None if stage.filtered else f"level {stage.level!r} has no system call filter here: docs/security.md"
 
 
 def say_ready() -> None:

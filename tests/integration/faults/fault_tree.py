@@ -187,7 +187,7 @@ def thread_bomb(_):
 
 @fault(COMPLETED, returns="done")
 def children_that_nobody_reaps(_):
-    for _ in range(300):
+    for _ in range(200):
         if os.fork() == 0:
             os._exit(0)
     return "done"

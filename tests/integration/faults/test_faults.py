@@ -27,12 +27,18 @@ def stage(request, tmp_path_factory):
         patch.chdir(folder / "work")
         # What a task gets for threads and exit handlers after its result: the suite has many that use it up.
         patch.setattr(execution, "EXIT_GRACE", 0.3)
+        faults = folder / "faults"
         # What a fault leaves for the suite to look at must be within its reach.
-        sandbox = Sandbox(level="strict", write=[folder / "faults"]) if request.param == "strict" else request.param
+        sandbox = Sandbox(write=[faults]) if request.param == Level.STRICT else request.param
         with TaskExecutor(sandbox=sandbox, preload=modules_to_preload(), echo_output=False) as executor:
-            stage = Stage(request.param, executor, folder / "faults")
+            stage = Stage(request.param, executor, faults)
             yield stage
             stage.close()
+
+
+@pytest.fixture(autouse=True)
+def no_process_left():
+    """Stand in for the check of all other tests: a fault may cost the template, and the stage counts processes."""
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
