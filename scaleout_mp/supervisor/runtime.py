@@ -104,9 +104,7 @@ class GrpcEdgeClientRuntime:
         callback. `max_concurrent_tasks`: as many as there are processors, at least four. `heartbeat_interval` is in
         seconds. `echo_output` shows what tasks print. `memory_budget`, `gpus`, `scratch_folder`, `working_directory`,
         `environment`, `pass_environment` and `shield` are as for TaskExecutor. `state_dir` is the folder below which
-        the client keeps what must reach the server; ":memory:" for none, as in a notebook. `package` is a compute
-        package, such as LocalPackage; its callbacks take the place of those that are set on the client.
-        `goodbye_seconds` is how long, at the end, the client tries to get rid of what waits for the server.
+        the client keeps what must reach the server; ":memory:" for none, as in a notebook.
         """
         if not heartbeat_interval > 0:
             raise ConfigError(f"heartbeat_interval must be above 0 seconds, not {heartbeat_interval!r}")

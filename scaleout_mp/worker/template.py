@@ -28,10 +28,11 @@ from scaleout_mp.ipc.channel import ChildChannel, channel_pair, close_all
 from scaleout_mp.ipc.frames import Frame, Kind
 from scaleout_mp.sandbox import pools, probe, process, tree
 from scaleout_mp.sandbox.confinement import Confinement
-from scaleout_mp.sandbox.layers import Preparation, Rules, prepare
+from scaleout_mp.sandbox.layers import Layer, Preparation, Rules, prepare
 from scaleout_mp.worker import failures, resident, task
 from scaleout_mp.worker.guardian import Guardian
 from scaleout_mp.worker.script import Script
+from scaleout_mp.worker.shared_memory import PrivateSharedMemory
 from scaleout_mp.worker.spawned import Program, start_interpreter
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Template:
         #: Set anew after the user's code was loaded, which may change some: finding them takes longer than a fork.
         self._changed_signals: list[int] = []
         self._preparation = Preparation()
+        self._shared_memory = PrivateSharedMemory()
         self._threads = 1
         self._pools = pools.Pools()
         self._pickles: dict[str, bytes] = {}
@@ -96,6 +98,8 @@ class Template:
                 events = poll.poll(0)
                 if not events:
                     self._kill_strays()
+                    if not self._tasks:
+                        self._shared_memory.clear()
                     self._keep_spare()
                     events = poll.poll()
                 ready = {descriptor for descriptor, _ in events}
@@ -144,13 +148,15 @@ class Template:
         # A signal to the supervisor's group, whose leader may be the shell that started it, would reach it as well.
         protected = dict.fromkeys([self._supervisor, os.getpgid(self._supervisor), os.getppid()])
         self._preparation = prepare(Rules.from_fields(rules), list(protected))
+        self._shared_memory = PrivateSharedMemory(private=Layer.MOUNTS in self._preparation.in_force)
         # Changes of privileges may undo it.
         process.die_with_parent(os.getppid())
         problems = []
         if not spawn and fatal is None:
             for module in preload:
                 try:
-                    importlib.import_module(module)
+                    with self._shared_memory.keeping():
+                        importlib.import_module(module)
                 except BaseException as error:  # noqa: BLE001 - a preload is a courtesy; the supervisor logs it
                     problems.append(f"cannot preload {module}: {type(error).__name__}: {error}")
         preparation = self._preparation
@@ -170,7 +176,8 @@ class Template:
             # A library that is loaded now must not start threads.
             pools.name_threads(1)
             try:
-                self._loaded[key] = pickle.loads(pickled)
+                with self._shared_memory.keeping():
+                    self._loaded[key] = pickle.loads(pickled)
             except BaseException as error:  # noqa: BLE001 - user code runs while its module is imported
                 failure = self._loaded[key] = _NotLoaded.by(error)
                 problem = failure.problem
