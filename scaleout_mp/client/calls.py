@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from scaleout_mp.client.logging_context import LoggingContext, entered_task
+from scaleout_mp.client.published import model_for_callback, model_from_callback
 from scaleout_mp.client.values import MAX_JSON, callback_name, json_value
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class TrainCall:
     ) -> tuple[ScaleoutModel, dict[str, Any]]:
         """Return the new model and its metadata, checked. Raises TypeError or ValueError in one line."""
         with entered_task(LoggingContext(request=request)):
-            returned = self.callback(model, settings)
+            returned = self.callback(model_for_callback(model), settings)
         return _checked_update(returned, f"train callback {callback_name(self.callback)}")
 
 
@@ -57,7 +58,7 @@ class ValidateCall:
     def __call__(self, model: ScaleoutModel, request: RequestInfo) -> dict[str, Any]:
         """Return the metrics with numpy scalars turned into Python's. Raises TypeError in one line."""
         with entered_task(LoggingContext(request=request)):
-            returned = self.callback(model)
+            returned = self.callback(model_for_callback(model))
         who = f"validate callback {callback_name(self.callback)}"
         if not isinstance(returned, dict):
             raise TypeError(f"{who} returned {_shape(returned)}; it must return a dict of metrics")
@@ -96,7 +97,7 @@ def _checked_update(returned: Any, who: str) -> tuple[ScaleoutModel, dict[str, A
     wanted = "it must return a tuple (ScaleoutModel, metadata dict)"
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise TypeError(f"{who} returned {_shape(returned)}; {wanted}")
-    model, metadata = returned
+    model, metadata = model_from_callback(returned[0]), returned[1]
     if model is None:
         raise ValueError(f"{who} returned None as the model; {wanted}")
     if not isinstance(model, ScaleoutModel):

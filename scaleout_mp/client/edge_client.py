@@ -10,8 +10,9 @@ import threading
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from scaleout_mp.client.logging_context import LoggingContext, task_logging_context
+from scaleout_mp.client.published import stopped
 from scaleout_mp.client.values import attribute_values, metric_values
-from scaleout_mp.errors import NotConnectedError
+from scaleout_mp.errors import NotConnectedError, StoppedException
 from scaleout_mp.task import RecordContext, current_task
 
 if TYPE_CHECKING:
@@ -245,7 +246,10 @@ class EdgeClient:
         """
         task = current_task()
         if task is not None:
-            task.check_abort()
+            try:
+                task.check_abort()
+            except StoppedException as error:
+                raise stopped(error) from None
         elif self._has_runtime:
             self._runtime.check_task_abort()
 

@@ -16,6 +16,7 @@ import pickle
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
+from scaleout_mp import compat
 from scaleout_mp.client.calls import CustomCall, TrainCall, ValidateCall
 from scaleout_mp.client.package_client import package_client
 from scaleout_mp.client.values import callback_name
@@ -92,6 +93,7 @@ def load_package(folder: str, startup: str, client_name: str, client_id: str) ->
     """
     path = os.path.join(folder, startup)
     _forget_modules(folder)
+    compat.install()
     client, runtime = package_client(client_name, client_id, folder)
     with _no_task():
         module = _import_file(path)

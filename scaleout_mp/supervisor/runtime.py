@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 import signal
@@ -10,6 +11,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from scaleout_mp.client import published
+from scaleout_mp.client.values import attribute_values, metric_values
 from scaleout_mp.config import Limits, Resources, Sandbox, Settings, Surroundings
 from scaleout_mp.config.resources import parse_gpus, parse_memory_budget
 from scaleout_mp.config.sandbox import LevelName, as_sandbox
@@ -49,6 +52,7 @@ from scaleout_mp.transport.rest import Assignment, AssignmentAnswer, request_ass
 from scaleout_mp.transport.transfer import ModelTransfer
 
 if TYPE_CHECKING:
+    import types
     from collections.abc import Callable, Mapping, Sequence
 
     from google.protobuf.message import Message
@@ -154,13 +158,26 @@ class GrpcEdgeClientRuntime:
     def set_client(self, client: EdgeClient) -> None:
         """Serve this client. Called by EdgeClient when it gets this runtime."""
         self._client = client
+        published.adopt(client)
 
     @property
     def client(self) -> EdgeClient:
         """The client that is served."""
         if self._client is None:
+            self._find_client()
+        if self._client is None:
             raise ConfigError("this runtime has no client: pass it to EdgeClient(runtime=...)")
         return self._client
+
+    def _find_client(self) -> None:
+        """Find the client of release 1.0.7, which does not introduce itself, among those who are calling."""
+        frame: types.FrameType | None = inspect.currentframe()
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            if getattr(caller, "_runtime", None) is self:
+                self.set_client(caller)
+                return
+            frame = frame.f_back
 
     # Connecting
 
@@ -183,7 +200,8 @@ class GrpcEdgeClientRuntime:
             answer = AssignmentAnswer(outcome=Assignment.WRONG_URL, message=str(error))
         except ScaleoutError as error:
             answer = AssignmentAnswer(outcome=Assignment.UNAUTHORIZED, message=str(error))
-        return connecting.read_assignment(answer, payload, self.client, self._kept_id)
+        result, given = connecting.read_assignment(answer, payload, self.client, self._kept_id)
+        return published.as_known_to(self.client, result), given
 
     def init_grpchandler(
         self,
@@ -195,7 +213,7 @@ class GrpcEdgeClientRuntime:
         """Keep where the combiner is and ask it whether it takes this client; see EdgeClient."""
         try:
             self._token.take(token, url, token_refresh_callback, client=self.client)
-            self._options = config
+            self._options = config = published.options_from(config)
             if self.settings.check_version:
                 run_blocking(self._check_version)
         except ScaleoutError as error:
@@ -373,12 +391,23 @@ class GrpcEdgeClientRuntime:
         context = RecordContext(model_id=model_id, round_id=round_id, session_id=session_id)
         return self._send(MetricRecord(metrics=metrics, step=step, timestamp=time.time(), context=context))
 
-    def send_attributes(self, attributes: Mapping[str, str]) -> bool:
+    def send_attributes(self, attributes: Mapping[str, str], priority: str | None = None) -> bool:
         """Send attributes; False, said in the log, when the client is not connected."""
+        del priority
+        attributes = attribute_values(attributes)
         return self._send(AttributesRecord(attributes=attributes, timestamp=time.time()))
 
-    def send_telemetry(self, telemetry: Mapping[str, float]) -> bool:
-        """Send telemetry; False, said in the log, when the client is not connected."""
+    def send_telemetry(
+        self,
+        telemetry: Mapping[str, float] | None = None,
+        *,
+        key: str | None = None,
+        payload: Mapping[str, Any] | None = None,
+        priority: str | None = None,
+    ) -> bool:
+        """Send telemetry, in the form of either release; False, said in the log, when the client is not connected."""
+        del priority
+        telemetry = metric_values(published.telemetry_values(key, payload, telemetry), what="telemetry value")
         return self._send(TelemetryRecord(telemetry=telemetry, timestamp=time.time()))
 
     def _send(self, record: Record) -> bool:
