@@ -56,7 +56,8 @@ class Watches:
         self._first_sign = asyncio.Event()
         #: None until the process runs.
         self.tree: TreeWatch | None = None
-        self._run(self._watch_clock())
+        if limits.wall_time is not None:
+            self._run(self._watch_clock())
 
     def process_runs(self, pid: int, *, cpu_before: float = 0.0) -> None:
         """Watch the tree below a process, which had used so many seconds of processor time before."""
@@ -73,7 +74,8 @@ class Watches:
         self._run(self._watch_use(self.tree))
         if self._scratch and self._limits.scratch_size is not None:
             self._run(self._watch_scratch(self.tree))
-        self._run(self._watch_progress())
+        if self._limits.no_progress is not None:
+            self._run(self._watch_progress())
 
     def sign_of_life(self) -> None:
         """Note that something came from the task."""

@@ -7,6 +7,7 @@ buffers through a memfd that the child maps copy-on-write.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -163,17 +164,27 @@ def pack(args: Sequence[Any], kwargs: Mapping[str, Any]) -> PackedArguments:
     )
 
 
-def _pickle(value: tuple[Any, ...], models: list[ScaleoutModel], buffers: list[memoryview]) -> bytes:
+@functools.cache
+def _pickler_class() -> Any:
+    """Return the class that takes models out of what it pickles. Made once: each call of a worker pickles."""
     import cloudpickle
 
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
+        def __init__(self, models: list[ScaleoutModel], *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._found = models
+
         def persistent_id(self, item: Any) -> int | None:
             if not isinstance(item, ScaleoutModel):
                 return None
-            if not any(item is model for model in models):
-                models.append(item)
-            return next(index for index, model in enumerate(models) if model is item)
+            if not any(item is model for model in self._found):
+                self._found.append(item)
+            return next(index for index, model in enumerate(self._found) if model is item)
 
+    return Pickler
+
+
+def _pickle(value: tuple[Any, ...], models: list[ScaleoutModel], buffers: list[memoryview]) -> bytes:
     def keep_in_place(buffer: pickle.PickleBuffer) -> bool:
         view = buffer.raw()
         if view.nbytes < _OUT_OF_BAND or len(buffers) >= segments.MAX_SEGMENTS - 1:
@@ -183,7 +194,7 @@ def _pickle(value: tuple[Any, ...], models: list[ScaleoutModel], buffers: list[m
 
     file = io.BytesIO()
     try:
-        Pickler(file, protocol=5, buffer_callback=keep_in_place).dump(value)
+        _pickler_class()(models, file, protocol=5, buffer_callback=keep_in_place).dump(value)
     except Exception as error:
         args, kwargs = value
         named = {f"argument {index}": item for index, item in enumerate(args)} | kwargs
