@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import handover, models, tasks
+from benchmarks import handover, models, records, tasks
 from benchmarks.harness import show
 
 
 def main() -> int:
-    rows = [tasks.start(), tasks.rate(), *handover.handover(), *handover.supervisor_peak(), *models.models()]
+    rows = [
+        tasks.start(),
+        tasks.rate(),
+        *handover.handover(),
+        *handover.supervisor_peak(),
+        *records.records(),
+        *models.models(),
+    ]
     show(rows)
     return 0 if all(row.holds for row in rows) else 1
 
