@@ -62,7 +62,11 @@ format: .venv/.dev  ## Format the code
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-bench: .venv/.dev  ## Measure against peers, side by side; BENCH_JSON=FILE keeps the figures as JSON lines
+.venv/.bench: pyproject.toml | .venv/bin/python
+	$(BIN)/python $(PIP) -e '.[dev,bench]'
+	@touch $@ .venv/.dev .venv/.demo
+
+bench: .venv/.bench  ## Measure against peers, side by side; BENCH_JSON=FILE keeps the figures as JSON lines
 	$(BIN)/python -m benchmarks
 
 .venv/.fuzz: pyproject.toml | .venv/bin/python

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import handover, models, records, tasks
+from benchmarks import handover, kills, models, records, tasks
 from benchmarks.harness import show
 
 
 def main() -> int:
     rows = [
-        tasks.start(),
+        *tasks.starts(),
         tasks.rate(),
+        *kills.kills(),
         *handover.handover(),
         *handover.supervisor_peak(),
         *records.records(),

@@ -1,8 +1,12 @@
-"""The floor: a process as warm as our template that does nothing but fork, one child a line on standard input."""
+"""The floor: a process as warm as our template that does nothing but fork, one child a line on standard input.
+
+The modules named on the command line are loaded first.
+"""
 
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 import time
@@ -16,6 +20,8 @@ WARM = (np, scaleout_mp.model, scaleout_mp.worker.template)
 
 
 def main() -> None:
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     gc.collect()
     gc.freeze()
     reader, writer = os.pipe()

@@ -1,10 +1,12 @@
-"""The peer: a pool whose child lives for one task and imports numpy. Twenty tasks for each line on standard input."""
+"""The peer: a pool whose child lives for one task and imports numpy. Twenty tasks for each line on standard input.
+
+The command line says how many at a time.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
-import os
 import sys
 import time
 
@@ -19,8 +21,8 @@ def with_numpy() -> int:
 
 def main() -> None:
     spawn = multiprocessing.get_context("spawn")
-    cores = os.cpu_count()
-    with concurrent.futures.ProcessPoolExecutor(cores, mp_context=spawn, max_tasks_per_child=1) as pool:
+    workers = int(sys.argv[1])
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
         pool.submit(with_numpy).result()
         print("ready", flush=True)
         for _ in sys.stdin:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from benchmarks.harness import Row, compare, interleaved
+from benchmarks.harness import Row, beside, compare, interleaved
 from scaleout_mp import TaskExecutor
+from scaleout_mp.executor.core import PRELOAD
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from scaleout_mp.config.sandbox import LevelName
 
 BACK_TO_BACK = 100
+#: What the executor takes unless somebody says otherwise, on a machine with few processors.
+AT_A_TIME = 4
 
 
 def first_line() -> int:
@@ -30,10 +35,10 @@ def with_numpy() -> int:
 
 
 @contextmanager
-def peer(module: str) -> Iterator[subprocess.Popen[str]]:
+def peer(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """Run a peer as a program of its own, which imports nothing of ours: it measures once for each line it gets."""
     with subprocess.Popen(
-        [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", module, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -51,9 +56,20 @@ def ask(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline()
 
 
-def start(runs: int = 200) -> Row:
-    """From `submit` to the first line of user code, against a bare fork and a write to a pipe."""
-    with TaskExecutor() as executor, peer("benchmarks.forker") as bare:
+def starts() -> list[Row]:
+    """The start of a task, and what each layer of confinement adds to it."""
+    rows = [start("auto", 3, ()), start("none", None, ()), start("basic", None, ()), start("strict", None, ())]
+    rows.append(start("auto", 4, ("torch",)) if importlib.util.find_spec("torch") else start("auto", 4, (), runs=100))
+    return rows
+
+
+def start(level: LevelName, at_most: float | None, more: Sequence[str], runs: int = 100) -> Row:
+    """From `submit` to the first line of user code, against a bare fork and a write to a pipe.
+
+    Both processes that fork have numpy and `more` loaded.
+    """
+    preload = (*PRELOAD, *more)
+    with TaskExecutor(sandbox=level, preload=preload) as executor, peer("benchmarks.forker", *more) as bare:
 
         def ours() -> float:
             before = time.monotonic_ns()
@@ -64,12 +80,18 @@ def start(runs: int = 200) -> Row:
 
         interleaved(10, ours, floor)
         mine, theirs = interleaved(runs, ours, floor)
-    return compare("task start, fresh process, numpy loaded", mine, "bare fork", theirs, unit="ms", at_most=3)
+    what = f"task start at level {level}, {' and '.join(('numpy', *more))} loaded"
+    if at_most is None:
+        return beside(what, mine, theirs, peer="bare fork", unit="ms")
+    return compare(what, mine, "bare fork", theirs, unit="ms", at_most=at_most)
 
 
 def rate(rounds: int = 5) -> Row:
-    """A queue of tasks, as many at a time as there are processors, each in a fresh process with numpy."""
-    with TaskExecutor(max_concurrent_tasks=os.cpu_count()) as executor, peer("benchmarks.one_task_per_child") as pool:
+    """A queue of tasks, `AT_A_TIME` at a time on both sides, each in a fresh process with numpy."""
+    with (
+        TaskExecutor(max_concurrent_tasks=AT_A_TIME) as executor,
+        peer("benchmarks.one_task_per_child", str(AT_A_TIME)) as pool,
+    ):
 
         def ours() -> float:
             before = time.monotonic()
@@ -83,7 +105,7 @@ def rate(rounds: int = 5) -> Row:
         ours()
         ours_rates, their_rates = interleaved(rounds, ours, theirs)
     return compare(
-        "tasks back to back, fresh process each",
+        f"tasks back to back, {AT_A_TIME} at a time, fresh process each",
         ours_rates,
         "ProcessPoolExecutor(1 task per child, spawn)",
         their_rates,

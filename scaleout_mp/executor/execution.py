@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import math
+import signal
 from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.config.machine import wanted_threads
@@ -411,7 +412,12 @@ class Execution:
             gone=self._gone(child),
             hurry=self._hurry,
             on_stage=self._on_stage,
+            kill_first=self._kill_first,
         )
+
+    def _kill_first(self) -> None:
+        if self._tree is not None:
+            tree.signal_process(self._tree.pid, self._tag, signal.SIGKILL)
 
     def _gone(self, child: Child) -> asyncio.Future[Any]:
         """Return what is done once the task needs no further stopping."""

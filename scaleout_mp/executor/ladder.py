@@ -25,11 +25,13 @@ async def climb(
     gone: asyncio.Future[Any],
     hurry: asyncio.Future[None],
     on_stage: Callable[[StopStage], None],
+    kill_first: Callable[[], object],
 ) -> None:
     """Stop a task; returns when its first process is gone. What it left behind is `sweep`'s.
 
     `grace` is in seconds: `ask` is called at once, `not_heeded` after half of it, before SIGTERM goes to the
     tree, and SIGKILL at its end.
+    `kill_first` kills the first process, which nobody has to look for: what takes longest to free is mostly its memory.
     `gone` is done, in whatever way, when the first process was reaped; `hurry` when the grace is called off.
     """
     deadline = asyncio.get_running_loop().time() + grace
@@ -45,6 +47,7 @@ async def climb(
             if await _done_by(gone, hurry, deadline):
                 return
     on_stage(StopStage.SIGKILL)
+    kill_first()
     while not gone.done():
         await sweep(tag)
         # It may have put on its tag only now: a sweep before that did not see it.

@@ -32,7 +32,7 @@ _LEAST_ROOM: Final = 1 << 16
 _CLEAN_SCANS: Final = 3
 
 #: Seconds that resource trackers have to clean up, counted from the first kill.
-TRACKER_GRACE: Final = 1.0
+TRACKER_GRACE: Final = 0.5
 _TRACKER: Final = re.compile(rb"resource_tracker import main; ?main\(")
 _LONGEST_COMMAND: Final = 4096
 
