@@ -432,3 +432,34 @@ def test_a_wrong_option_names_its_field(executor, options, field):
 def test_a_mode_that_there_is_not_is_refused():
     with pytest.raises(ConfigError, match="isolation"):
         TaskExecutor(isolation="thread")
+
+
+@pytest.mark.parametrize("sandbox", ["none", "basic", "auto", "strict"])
+def test_at_every_level_a_worker_keeps_its_state_and_is_replaced(sandbox):
+    with TaskExecutor(sandbox=sandbox, echo_output=False, limits=Limits(memory="256MiB", abort_grace=0.4)) as running:
+        worker = running.worker("w", set_up=workers.set_up, args=(np.ones(3),))
+        counter = workers.Counter()
+        assert [worker.submit(counter).result(20)[0] for _ in range(3)] == [1, 2, 3]
+        assert worker.submit(workers.use_set_up).result(20)[:2] == (3.0, 1)
+        task = worker.submit(workers.stop_when_asked)
+        ready(task)
+        task.abort()
+        assert task.report(20).stopped_by is StopStage.ABORT
+        assert worker.submit(counter).result(20)[0] == 4
+        for program, reason in (
+            (programs.segfault, EndReason.CRASHED),
+            (programs.allocate, EndReason.MEMORY_LIMIT),
+            (workers.hang, EndReason.INTERRUPTED_BY_CLIENT),
+        ):
+            task = worker.submit(program)
+            if program is workers.hang:
+                ready(task)
+                task.abort()
+            assert task.report(20).reason is reason
+            assert worker.submit(counter).result(20)[0] == 1
+        assert running.submit(tasks_state, state="s").result(20) == 1
+        assert running.submit(tasks_state, state="s").result(20) == 2
+
+
+def tasks_state():
+    return workers.count_in_state()[0]
