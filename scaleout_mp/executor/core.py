@@ -13,8 +13,9 @@ from scaleout_mp.config.limits import MAX_SIZE, parse_size
 from scaleout_mp.config.resources import parse_gpus, parse_memory_budget
 from scaleout_mp.config.sandbox import Level, LevelName, as_sandbox
 from scaleout_mp.errors import ConfigError
-from scaleout_mp.executor.execution import Execution, ExecutionPlan
+from scaleout_mp.executor.execution import Execution
 from scaleout_mp.executor.output import OutputRelay
+from scaleout_mp.executor.plan import ExecutionPlan
 from scaleout_mp.executor.resident_execution import ResidentExecution
 from scaleout_mp.executor.residents import ResidentPool
 from scaleout_mp.executor.scheduling import NOTHING, Demand, Ledger, Line, Place

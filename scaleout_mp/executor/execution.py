@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
-import math
 import signal
 from typing import TYPE_CHECKING, Any, Final
 
-from scaleout_mp.config.machine import wanted_threads
-from scaleout_mp.config.resources import gpu_environment
 from scaleout_mp.errors import LauncherError, ProtocolViolation
 from scaleout_mp.executor import ladder
 from scaleout_mp.executor.launcher import Child, Launcher, StartOrder
 from scaleout_mp.executor.lines import TaskLines
+from scaleout_mp.executor.plan import Outcome
 from scaleout_mp.executor.report import Evidence, StopCause, make_report
 from scaleout_mp.executor.watches import Watches
 from scaleout_mp.ipc import frames, messages, values
 from scaleout_mp.ipc.channel import close_all
 from scaleout_mp.ipc.frames import Frame, Kind
 from scaleout_mp.sandbox import tree
-from scaleout_mp.sandbox.confinement import Confinement
 from scaleout_mp.task import (
     AbortOrigin,
     EndReason,
-    ExitReport,
     LogLine,
     MetricRecord,
     Record,
@@ -39,13 +34,12 @@ if TYPE_CHECKING:
 
     from scaleout_mp.config import Limits, Resources
     from scaleout_mp.executor.output import OutputRelay
+    from scaleout_mp.executor.plan import ExecutionPlan
     from scaleout_mp.executor.residents import WorkerSpec
     from scaleout_mp.executor.scheduling import Place
-    from scaleout_mp.executor.scratch import ScratchKeeper
-    from scaleout_mp.executor.states import StateSlot
     from scaleout_mp.executor.watchdog import TreeWatch
-    from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
-    from scaleout_mp.sandbox.cgroup import MemoryGroup, MemoryGroups
+    from scaleout_mp.sandbox.cgroup import MemoryGroup
+    from scaleout_mp.sandbox.confinement import Confinement
 
 logger = logging.getLogger(__name__)
 
@@ -63,42 +57,6 @@ _ABORT_TEXT: Final = {
     AbortOrigin.SERVER_TIMEOUT: "Timed out by server",
     AbortOrigin.CLIENT: "Aborted by client",
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What came of a task."""
-
-    report: ExitReport
-    #: What the callable returned; None unless the task completed.
-    value: Any = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExecutionPlan:
-    """What a task runs, and how. Made by `ExecutorCore.submit`."""
-
-    task_id: str
-    name: str
-    call: PreparedCallable
-    arguments: PackedArguments
-    limits: Limits
-    max_model_size: int
-    resources: Resources
-    #: Whether GPUs are shared out: a task then sees those that it was given.
-    shares_gpus: bool = False
-    #: Where groups for tasks with a memory limit are made; None: there is no such place.
-    memory_groups: MemoryGroups | None = None
-    #: Who makes the task's scratch folder.
-    scratch: ScratchKeeper
-    #: Where a task with that scratch folder starts, see `Confinement.working_directory`.
-    start_folder: Callable[[str], str]
-    #: The worker that runs it; None: a process of its own.
-    worker: WorkerSpec | None = None
-    #: The state that it hands on; None: none.
-    state: StateSlot | None = None
-    on_record: Callable[[Record], None] | None = None
-    on_state: Callable[[TaskState], None] | None = None
 
 
 class Execution:
@@ -300,35 +258,13 @@ class Execution:
         )
 
     def _confinement(self) -> Confinement:
-        limits, groups = self._plan.limits, self._plan.memory_groups
-        resources = self._plan.resources
-        if limits.memory_bytes and groups is not None:
-            self._group = groups.make(f"{self._tag:x}", limits.memory_bytes)
-        self._scratch = self._plan.scratch.make()
-        cpu_time, no_progress = limits.seconds("cpu_time"), limits.seconds("no_progress")
-        return Confinement(
-            tag=self._tag,
-            memory_limit=limits.memory_bytes,
-            handed_over=self._plan.arguments.memory_bytes,
-            scratch=self._scratch,
-            working_directory=self._plan.start_folder(self._scratch),
-            memory_group="" if self._group is None else self._group.procs,
-            cpu_limit=0 if cpu_time is None else math.ceil(cpu_time),
-            open_files=limits.open_files or 0,
-            file_size=None if limits.file_size is None else limits.file_size_bytes,
-            threads=limits.threads or len(resources.affinity or ()) or wanted_threads(),
-            nice=resources.nice,
-            affinity=sorted(resources.affinity or ()),
-            environment=self._environment(),
-            progress_every=0.0 if no_progress is None else min(1.0, no_progress / 4),
-            log_level=logging.getLogger().getEffectiveLevel(),
+        plan = self._plan
+        if plan.limits.memory_bytes and plan.memory_groups is not None:
+            self._group = plan.memory_groups.make(f"{self._tag:x}", plan.limits.memory_bytes)
+        self._scratch = plan.scratch.make()
+        return plan.confinement(
+            tag=self._tag, group=self._group, scratch=self._scratch, holding=self._require_place().holding
         )
-
-    def _environment(self) -> dict[str, str]:
-        if not self._plan.shares_gpus:
-            return {}
-        holding = self._require_place().holding
-        return gpu_environment(() if holding is None else holding.gpus)
 
     async def _see_through(self) -> None:
         child, lines, watches = self._child, self._lines, self._watches

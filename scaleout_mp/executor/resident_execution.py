@@ -8,7 +8,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.executor import ladder
-from scaleout_mp.executor.execution import Execution, ExecutionPlan
+from scaleout_mp.executor.execution import Execution
 from scaleout_mp.executor.residents import Resident, ResidentPool, SetUp, WorkerSpec, end_process
 from scaleout_mp.executor.scheduling import NOTHING
 from scaleout_mp.executor.template import send_callable
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from scaleout_mp.executor.launcher import Child, Launcher
     from scaleout_mp.executor.lines import TaskLines
     from scaleout_mp.executor.output import OutputRelay
+    from scaleout_mp.executor.plan import ExecutionPlan
     from scaleout_mp.ipc.frames import Frame
     from scaleout_mp.sandbox.confinement import Confinement
 

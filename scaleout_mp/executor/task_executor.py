@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from scaleout_mp.config import Limits, Resources, Sandbox
     from scaleout_mp.config.sandbox import LevelName
-    from scaleout_mp.executor.execution import Execution, Outcome
+    from scaleout_mp.executor.execution import Execution
+    from scaleout_mp.executor.plan import Outcome
     from scaleout_mp.executor.residents import WorkerSpec
     from scaleout_mp.executor.template import StartMethod
     from scaleout_mp.executor.worker_handle import Isolation
