@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from scaleout_mp.task import EndReason as EndReason
     from scaleout_mp.task import ExitReport as ExitReport
     from scaleout_mp.task import current_task as current_task
+    from scaleout_mp.transport.signatures import TrustedSigners as TrustedSigners
 
 __version__ = "0.1.0"
 
@@ -70,6 +71,7 @@ _HOME = {
     "TaskFailed": "errors",
     "TaskKilled": "errors",
     "TaskRefused": "errors",
+    "TrustedSigners": "transport.signatures",
     "Worker": "executor",
     "current_task": "task",
 }

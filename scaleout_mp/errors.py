@@ -122,6 +122,10 @@ class IncompatibleModelFormatError(ModelFormatError):
     """The model container is of a newer version than this package reads. Upgrade scaleout-mp."""
 
 
+class ModelSignatureError(ModelError):
+    """A model has no signature of a trusted signer, and the policy requires one."""
+
+
 class ModelNotFoundError(ModelError):
     """The server does not have the model."""
 

@@ -304,6 +304,16 @@ class EdgeClient:
         """Serve tasks until SIGTERM, Ctrl-C or a stop of the runtime."""
         self._runtime.run(with_heartbeat=with_heartbeat, with_polling=with_polling)
 
+    def post_signature(self, signature: Mapping[str, Any]) -> None:
+        """Have the network keep what `ScaleoutModel.sign` returned; blocks.
+
+        Raises TransportError when the server does not take it, NotConnectedError when the runtime has no such call.
+        """
+        post = getattr(self._runtime, "post_signature", None)
+        if post is None:
+            raise NotConnectedError("this client's runtime posts no signatures")
+        post(signature)
+
     def get_access_token(self) -> str | None:
         """Return the access token that is in use, refreshed where needed; None without one."""
         return self._runtime.get_access_token()

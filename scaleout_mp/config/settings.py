@@ -6,6 +6,7 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING, Any
 
+from scaleout_mp.config.limits import parse_size
 from scaleout_mp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,6 +47,16 @@ def _seconds(environ: Mapping[str, str], name: str, *, default: float) -> float:
     return seconds
 
 
+def _size(environ: Mapping[str, str], name: str, *, default: int) -> int:
+    value = environ.get(name)
+    if not value:
+        return default
+    size = parse_size(int(value) if value.isdigit() else value, field=name)
+    if size < 1:
+        raise ConfigError(f"{name} must be above 0 bytes, not {value!r}")
+    return size
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Effective settings of a client. `from_environ` reads them; each field names its variable."""
@@ -82,6 +93,12 @@ class Settings:
     #: SCALEOUT_MP_STATE_DIR: what waits for the server is kept below it; None: in the user's state folder;
     #: ":memory:": nowhere, and lost when the client dies.
     state_dir: str | None = None
+    #: SCALEOUT_MP_TRUSTED_SIGNERS: folder of public keys, `<signer id>.pem`; None: signatures are not looked at.
+    trusted_signers_path: str | None = None
+    #: SCALEOUT_MP_SIGNATURES: "off", "warn" or "require"; what becomes of a model that none of them signed.
+    signature_policy: str = "require"
+    #: SCALEOUT_MP_MAX_MODEL_SIZE: bytes, or a size like "2GiB"; larger models are not taken from the server.
+    max_model_size: int = 16 << 30
     #: SCALEOUT_MP_CLIENT_VERSION: the client version presented to the server.
     client_version: str = PROTOCOL_VERSION
 
@@ -122,6 +139,9 @@ class Settings:
             "send_telemetry": _flag(env, "SCALEOUT_CLIENT_SEND_TELEMETRY", default=True),
             "polling_interval": _seconds(env, "SCALEOUT_CLIENT_TASK_POLLING_INTERVAL", default=5.0),
             "state_dir": env.get("SCALEOUT_MP_STATE_DIR") or None,
+            "trusted_signers_path": env.get("SCALEOUT_MP_TRUSTED_SIGNERS") or None,
+            "signature_policy": env.get("SCALEOUT_MP_SIGNATURES") or "require",
+            "max_model_size": _size(env, "SCALEOUT_MP_MAX_MODEL_SIZE", default=16 << 30),
             "client_version": env.get("SCALEOUT_MP_CLIENT_VERSION") or PROTOCOL_VERSION,
         }
         return cls(**{**values, **overrides})

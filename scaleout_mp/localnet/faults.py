@@ -78,6 +78,11 @@ class FaultPlan:
             self._planned.clear()
             self._standing.clear()
 
+    def planned(self, method: str) -> int:
+        """Return how many calls of a method are still to have a planned fault."""
+        with self._lock:
+            return len(self._planned.get(method, []))
+
     def take(self, method: str, client_id: str) -> Fault | None:
         """Return the fault of this call, and count it. Called by combiner and REST API."""
         with self._lock:

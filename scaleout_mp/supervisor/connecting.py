@@ -7,12 +7,13 @@ import json
 import logging
 import socket
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from scaleout_mp.client import ConnectToApiResult, GrpcConnectionOptions
 from scaleout_mp.errors import CallError, ConfigError, TransportError
 from scaleout_mp.supervisor.state import IN_MEMORY, KeptId
 from scaleout_mp.transport.rest import Assignment
+from scaleout_mp.transport.signatures import TrustedSigners
 from scaleout_mp.wire import methods
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from scaleout_mp.config import Settings
     from scaleout_mp.transport.calls import CombinerCalls
     from scaleout_mp.transport.rest import AssignmentAnswer
+    from scaleout_mp.transport.signatures import Policy
     from scaleout_mp.wire import edge_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,13 @@ _RESULTS = {
     Assignment.WRONG_URL: ConnectToApiResult.IncorrectUrl,
     Assignment.UNKNOWN: ConnectToApiResult.UnknownError,
 }
+
+
+def signers_of(settings: Settings) -> TrustedSigners | None:
+    """Return whom the environment trusts; None when it names nobody. Raises ConfigError."""
+    if settings.trusted_signers_path is None:
+        return None
+    return TrustedSigners.from_folder(settings.trusted_signers_path, policy=cast("Policy", settings.signature_policy))
 
 
 def assignment_payload(client: EdgeClient, given: Mapping[str, Any] | None, settings: Settings) -> dict[str, Any]:

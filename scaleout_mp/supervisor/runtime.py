@@ -49,6 +49,7 @@ from scaleout_mp.transport.channel import CallCredentials, GrpcTls, open_channel
 from scaleout_mp.transport.diagnosis import tls_trouble
 from scaleout_mp.transport.link import LinkWatch
 from scaleout_mp.transport.rest import Assignment, AssignmentAnswer, request_assignment
+from scaleout_mp.transport.signatures import SignatureApi, SignatureCheck
 from scaleout_mp.transport.transfer import ModelTransfer
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from scaleout_mp.supervisor.package_callbacks import PackageSource
     from scaleout_mp.supervisor.state import KeptId, StateFolder
     from scaleout_mp.transport.message import MessageKind
+    from scaleout_mp.transport.signatures import TrustedSigners
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +102,7 @@ class GrpcEdgeClientRuntime:
         state_dir: str | os.PathLike[str] | None = None,
         package: PackageSource | None = None,
         goodbye_seconds: float = LAST_WORDS,
+        trusted_signers: TrustedSigners | None = None,
     ) -> None:
         """Read what is not given from the environment.
 
@@ -108,7 +111,10 @@ class GrpcEdgeClientRuntime:
         callback. `max_concurrent_tasks`: as many as there are processors, at least four. `heartbeat_interval` is in
         seconds. `echo_output` shows what tasks print. `memory_budget`, `gpus`, `scratch_folder`, `working_directory`,
         `environment`, `pass_environment` and `shield` are as for TaskExecutor. `state_dir` is the folder below which
-        the client keeps what must reach the server; ":memory:" for none, as in a notebook.
+        the client keeps what must reach the server; ":memory:" for none, as in a notebook. `package` is a compute
+        package, such as LocalPackage; its callbacks take the place of those that are set on the client.
+        `goodbye_seconds` is how long, at the end, the client tries to get rid of what waits for the server.
+        `trusted_signers` says whose signature a model needs before a task gets it.
         """
         if not heartbeat_interval > 0:
             raise ConfigError(f"heartbeat_interval must be above 0 seconds, not {heartbeat_interval!r}")
@@ -140,6 +146,7 @@ class GrpcEdgeClientRuntime:
         if not goodbye_seconds >= 0:
             raise ConfigError(f"goodbye_seconds must be at least 0, not {goodbye_seconds!r}")
         self._goodbye_seconds = goodbye_seconds
+        self._signers = trusted_signers or connecting.signers_of(self.settings)
         self._state_dir = self.settings.state_dir if state_dir is None else os.fspath(state_dir)
         #: Where the client belongs: the API's address, or the combiner's when it never asked the API.
         self._api_url: str | None = None
@@ -213,6 +220,7 @@ class GrpcEdgeClientRuntime:
         """Keep where the combiner is and ask it whether it takes this client; see EdgeClient."""
         try:
             self._token.take(token, url, token_refresh_callback, client=self.client)
+            self._api_url = url or self._api_url
             self._options = config = published.options_from(config)
             if self.settings.check_version:
                 run_blocking(self._check_version)
@@ -312,6 +320,7 @@ class GrpcEdgeClientRuntime:
             goodbye_seconds=self._goodbye_seconds,
             with_heartbeat=with_heartbeat,
             with_polling=with_polling,
+            make_transfer=self._make_transfer,
             package=self._package,
         )
         with self._lock:
@@ -433,14 +442,29 @@ class GrpcEdgeClientRuntime:
     def get_model_from_combiner(self, model_id: str) -> ScaleoutModel:
         """Download a model; blocks.
 
-        Raises NotConnectedError, ModelNotFoundError, ModelTransferError and CallError.
+        Raises NotConnectedError, ModelNotFoundError, ModelTransferError, ModelSignatureError and CallError.
         """
         return run_blocking(lambda: self._download(model_id))
+
+    def post_signature(self, signature: Mapping[str, Any]) -> None:
+        """Have the API keep what `ScaleoutModel.sign` returned; blocks. Raises ConfigError and TransportError."""
+        self._signature_api().post(signature)
+
+    def _signature_api(self) -> SignatureApi:
+        if not self._api_url:
+            raise ConfigError("signatures need the API's URL: call connect_to_api, or give init_grpchandler the url")
+        return SignatureApi(self._api_url, settings=self.settings, tokens=self._token.source)
+
+    def _make_transfer(self, calls: CombinerCalls) -> ModelTransfer:
+        check = None
+        if self._signers is not None and self._signers.policy != "off":
+            check = SignatureCheck(self._signers, self._signature_api(), calls)
+        return ModelTransfer(calls, max_size=self.settings.max_model_size, check=check)
 
     async def _download(self, model_id: str) -> ScaleoutModel:
         # On a channel of its own, for the loop of `run` may not exist yet, or not any more.
         calls = self._open_calls()
         try:
-            return await ModelTransfer(calls).download(model_id)
+            return await self._make_transfer(calls).download(model_id)
         finally:
             await calls.aclose()

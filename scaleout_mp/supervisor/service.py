@@ -32,10 +32,9 @@ from scaleout_mp.task import AbortOrigin
 from scaleout_mp.transport.journal import Journal
 from scaleout_mp.transport.message import MessageKind
 from scaleout_mp.transport.outbox import Outbox
-from scaleout_mp.transport.transfer import ModelTransfer
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from google.protobuf.message import Message
 
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     from scaleout_mp.supervisor.state import StateFolder
     from scaleout_mp.transport.calls import CombinerCalls
     from scaleout_mp.transport.message import Ticket
+    from scaleout_mp.transport.transfer import ModelTransfer
     from scaleout_mp.wire import edge_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,8 @@ class ServicePlan:
     goodbye_seconds: float
     with_heartbeat: bool
     with_polling: bool
+    #: How models come and go over given calls.
+    make_transfer: Callable[[CombinerCalls], ModelTransfer]
     #: Where the callbacks come from; None: they are set on the client.
     package: PackageSource | None = None
 
@@ -119,7 +121,7 @@ class ClientService:
             settings=plan.settings,
             core=self._core,
             callbacks=callbacks_for(plan, client, self._core, self._outbox),
-            transfer=ModelTransfer(calls),
+            transfer=plan.make_transfer(calls),
             outbox=self._outbox,
             tasks=self._tasks,
             state=state,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from scaleout_mp.errors import ApiUnavailableError, AuthenticationError, ConfigError, TransportError, WrongAddressError
+from scaleout_mp.transport.authorized import authorized
 from scaleout_mp.transport.backoff import Backoff
 from scaleout_mp.transport.http import HttpTls, endpoint, post_json
 
@@ -97,23 +98,12 @@ def request_assignment(
 
 
 def _post_authorized(url: str, payload: Mapping[str, Any], settings: Settings, tokens: TokenSource | None) -> Answer:
-    """Post with the token; on 401 refresh it once and post again: it may have been revoked early."""
-    if tokens is None:
-        return post_json(url, payload, headers={}, tls=HttpTls.of(settings))
-    token = tokens.access_token()
-    if tokens.client_id:
+    def send(headers: Mapping[str, str]) -> Answer:
         # The server knows an enrolled client by the id that it gave it.
-        payload = {**payload, "client_id": tokens.client_id}
-    answer = _post_with(url, payload, settings, token)
-    if answer.status == 401 and tokens.can_refresh:
-        tokens.refresh(rejected=token)
-        answer = _post_with(url, payload, settings, tokens.access_token())
-    return answer
+        own = {"client_id": tokens.client_id} if tokens is not None and tokens.client_id else {}
+        return post_json(url, {**payload, **own}, headers=headers, tls=HttpTls.of(settings))
 
-
-def _post_with(url: str, payload: Mapping[str, Any], settings: Settings, token: str) -> Answer:
-    headers = {"Authorization": f"{settings.auth_scheme} {token}"}
-    return post_json(url, payload, headers=headers, tls=HttpTls.of(settings))
+    return authorized(send, tokens=tokens, scheme=settings.auth_scheme)
 
 
 def _read_answer(url: str, answer: Answer) -> AssignmentAnswer:

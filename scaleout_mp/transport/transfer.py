@@ -10,12 +10,13 @@ import grpc
 
 from scaleout_mp.errors import CallError, ModelFormatError, ModelNotFoundError, ModelTransferError
 from scaleout_mp.model import MemoryWriter, ScaleoutModel
+from scaleout_mp.model.memfd import DEFAULT_MAX_SIZE
 from scaleout_mp.transport.channel import END
 from scaleout_mp.wire import edge_pb2 as pb
 from scaleout_mp.wire import methods
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from scaleout_mp.transport.calls import CombinerCalls
 
@@ -36,23 +37,72 @@ class _BrokenTransferError(Exception):
     """The bytes are not what the other side meant."""
 
 
+class _SharedDownload:
+    """A download under way, and how many wait for it."""
+
+    def __init__(self, task: asyncio.Task[ScaleoutModel]) -> None:
+        self.task = task
+        self.waiting = 0
+
+    async def close(self) -> None:
+        """Give up the download or what came of it: everybody has what he asked for, or nobody wants it any more."""
+        self.task.cancel()
+        await asyncio.wait([self.task])
+        if not self.task.cancelled() and self.task.exception() is None:
+            self.task.result().close()
+
+
 class ModelTransfer:
     """Downloads and uploads over one combiner's calls.
 
     An outage is waited for as long as it lasts; the task that needs the model can be aborted meanwhile.
     """
 
-    def __init__(self, calls: CombinerCalls, *, max_size: int | None = None) -> None:
-        """Accept models of up to `max_size` bytes; None: what MemoryWriter accepts."""
+    def __init__(
+        self,
+        calls: CombinerCalls,
+        *,
+        max_size: int = DEFAULT_MAX_SIZE,
+        check: Callable[[ScaleoutModel, str], Awaitable[None]] | None = None,
+    ) -> None:
+        """Accept models of up to `max_size` bytes, for which `check(model, model_id)` raises nothing."""
         self._calls = calls
         self._max_size = max_size
+        self._check = check
+        self._shared: dict[str, _SharedDownload] = {}
 
     async def download(self, model_id: str) -> ScaleoutModel:
-        """Return the model, whole and in sealed memory.
+        """Return the model, whole and in sealed memory; who asks for it at the same time shares download and memory.
 
-        Raises ModelNotFoundError, ModelTransferError when it arrives broken `TRIES` times,
-        ModelFormatError when it is whole but no model, and CallError when the combiner refuses.
+        Raises ModelNotFoundError, ModelTransferError when it arrives broken `TRIES` times, ModelFormatError when it is
+        too large, or whole but no model, CallError when the combiner refuses, and what `check` raises.
         """
+        shared = self._shared.get(model_id)
+        if shared is None or shared.task.done():
+            shared = self._shared[model_id] = _SharedDownload(asyncio.create_task(self._download(model_id)))
+        shared.waiting += 1
+        try:
+            # Shielded: who gives up must not take it from the others.
+            model = await asyncio.shield(shared.task)
+            return ScaleoutModel.from_fd(model.fileno(), verify=False)
+        finally:
+            shared.waiting -= 1
+            if not shared.waiting:
+                if self._shared.get(model_id) is shared:
+                    del self._shared[model_id]
+                await shared.close()
+
+    async def _download(self, model_id: str) -> ScaleoutModel:
+        model = await self._download_whole(model_id)
+        if self._check is not None:
+            try:
+                await self._check(model, model_id)
+            except BaseException:
+                model.close()
+                raise
+        return model
+
+    async def _download_whole(self, model_id: str) -> ScaleoutModel:
         failed: Exception | None = None
         for attempt in range(1, TRIES + 1):
             try:
@@ -77,28 +127,31 @@ class ModelTransfer:
 
     async def _download_once(self, model_id: str) -> ScaleoutModel:
         call = self._calls.multicallable(methods.DOWNLOAD)
-        writer = MemoryWriter() if self._max_size is None else MemoryWriter(max_size=self._max_size)
 
-        async def attempt(metadata: Metadata) -> str | None:
+        async def attempt(metadata: Metadata) -> tuple[MemoryWriter, str | None]:
+            # Each attempt begins with empty memory: what a broken one left is no part of the model.
+            writer = MemoryWriter(max_size=self._max_size)
             stream = call(pb.ModelRequest(model_id=model_id), metadata=metadata)
             try:
                 await _receive(stream, writer)
-                return _checksum(await stream.trailing_metadata())
+                return writer, _checksum(await stream.trailing_metadata())
+            except BaseException:
+                writer.close()
+                raise
             finally:
                 stream.cancel()
 
-        try:
-            expected = await self._calls.authorized(methods.DOWNLOAD, attempt)
-            self._calls.link.succeeded()
+        writer, expected = await self._calls.authorized(methods.DOWNLOAD, attempt)
+        self._calls.link.succeeded()
+        # Closes what was not sealed.
+        with writer:
             _check_whole(writer, expected)
-            return await asyncio.to_thread(_model_of, writer, model_id, verify=expected is None)
-        except ModelFormatError as error:
-            if expected is not None:
-                raise
-            raise _BrokenTransferError(str(error)) from error
-        finally:
-            # Closes what was not sealed.
-            writer.close()
+            try:
+                return await asyncio.to_thread(_model_of, writer, model_id, verify=expected is None)
+            except ModelFormatError as error:
+                if expected is not None:
+                    raise
+                raise _BrokenTransferError(str(error)) from error
 
     async def upload(self, model: ScaleoutModel) -> None:
         """Send the model under its own id.
