@@ -13,6 +13,7 @@ from scaleout_mp.model import ScaleoutModel
 from scaleout_mp.supervisor import messages
 from scaleout_mp.supervisor.jobs import Job, JobFailedError, JobResources, Phase, json_text
 from scaleout_mp.supervisor.messages import TaskType
+from scaleout_mp.transport.aside import closing_aside
 from scaleout_mp.transport.message import MessageKind
 from scaleout_mp.wire import edge_pb2 as pb
 
@@ -54,7 +55,7 @@ class ModelUpdateJob(Job):
         await self._phase(self._resources.callbacks.prepared(self.request.type))
         settings = messages.task_data(self.request, "client_settings")
         seconds = _Stopwatch()
-        with await self._download() as model:
+        async with closing_aside(await self._download()) as model:
             fetched = seconds.lap()
             self._say(f"Training on model {self.request.model_id} started.", pb.LogLevel.INFO)
             trained, meta = _update(await self._execute(model, settings))
@@ -62,7 +63,7 @@ class ModelUpdateJob(Job):
             processed = seconds.lap()
         meta |= {"processing_time": processed, "fetch_model": fetched, "config": self.request.data}
         update_id = str(uuid.uuid4())
-        with await self._renamed(trained, update_id) as renamed:
+        async with closing_aside(await self._renamed(trained, update_id)) as renamed:
             # The last reference: its memory is not held for as long as the upload takes.
             del trained
             keeping = asyncio.create_task(self._keep(renamed, update_id, meta))
@@ -115,7 +116,7 @@ class ModelUpdateJob(Job):
 
         The id is chosen here and not by the task. Weights are not copied: both models lie in the task's sealed memory.
         """
-        with trained:
+        async with closing_aside(trained):
             self._require_not_aborted()
             # On a thread all the same: a task may send a container whose metadata do not stand last.
             build = trained.to_builder().set_model_id(update_id).build
@@ -141,7 +142,7 @@ class ValidationJob(Job):
     async def _perform(self) -> None:
         await self._phase(self._resources.callbacks.prepared(self.request.type))
         self._say(f"Validation of model {self.request.model_id} started.", pb.LogLevel.INFO)
-        with await self._download() as model:
+        async with closing_aside(await self._download()) as model:
             metrics = await self._execute(model)
         if not isinstance(metrics, dict):
             raise JobFailedError("the task's process sent no dict of metrics")

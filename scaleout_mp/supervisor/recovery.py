@@ -10,6 +10,7 @@ from scaleout_mp.errors import ModelError
 from scaleout_mp.supervisor.job_kinds import ModelUpdateJob
 from scaleout_mp.supervisor.jobs import Job, JobFailedError, JobResources, Phase
 from scaleout_mp.supervisor.task_journal import KnownTask, TaskStage
+from scaleout_mp.transport.aside import closing_aside
 from scaleout_mp.transport.message import MessageKind
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class KeptResultJob(ModelUpdateJob):
     async def _perform(self) -> None:
         update_id = self._known.result["update_id"]
         try:
-            with await asyncio.to_thread(self._opened, update_id) as model:
+            async with closing_aside(await asyncio.to_thread(self._opened, update_id)) as model:
                 await self._deliver(model, update_id, dict(self._known.result["meta"]))
         finally:
             await self._forget(update_id)

@@ -11,6 +11,7 @@ import grpc
 from scaleout_mp.errors import CallError, ModelFormatError, ModelNotFoundError, ModelTransferError
 from scaleout_mp.model import MemoryWriter, ScaleoutModel
 from scaleout_mp.model.memfd import DEFAULT_MAX_SIZE
+from scaleout_mp.transport.aside import close_aside, closing_aside
 from scaleout_mp.transport.channel import END
 from scaleout_mp.wire import edge_pb2 as pb
 from scaleout_mp.wire import methods
@@ -49,7 +50,7 @@ class _SharedDownload:
         self.task.cancel()
         await asyncio.wait([self.task])
         if not self.task.cancelled() and self.task.exception() is None:
-            self.task.result().close()
+            close_aside(self.task.result())
 
 
 class ModelTransfer:
@@ -98,7 +99,7 @@ class ModelTransfer:
             try:
                 await self._check(model, model_id)
             except BaseException:
-                model.close()
+                close_aside(model)
                 raise
         return model
 
@@ -136,7 +137,7 @@ class ModelTransfer:
                 await _receive(stream, writer)
                 return writer, _checksum(await stream.trailing_metadata())
             except BaseException:
-                writer.close()
+                close_aside(writer)
                 raise
             finally:
                 stream.cancel()
@@ -144,7 +145,7 @@ class ModelTransfer:
         writer, expected = await self._calls.authorized(methods.DOWNLOAD, attempt)
         self._calls.link.succeeded()
         # Closes what was not sealed.
-        with writer:
+        async with closing_aside(writer):
             _check_whole(writer, expected)
             try:
                 return await asyncio.to_thread(_model_of, writer, model_id, verify=expected is None)
