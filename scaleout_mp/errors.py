@@ -193,5 +193,9 @@ class DemoError(ScaleoutError):
     """The demo could not go on."""
 
 
+class ControlError(ScaleoutError):
+    """A running client could not be reached, or did not do what it was asked."""
+
+
 class MissingExtraError(ScaleoutError):
     """A part of the package that is installed on request is not there."""

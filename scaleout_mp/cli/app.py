@@ -22,10 +22,16 @@ EXIT_INTERRUPTED: Final = 130
 
 #: The module of each command, whose function has the same name, and its line in the help.
 _COMMANDS: Final[Mapping[str, str]] = {
+    "abort": "Abort one task of a running client.",
+    "client": "Start a client, or enroll one.",
+    "config": "Show which options a client would start with, and where each comes from.",
     "demo": "Watch a federated session survive tasks that misbehave.",
     "doctor": "Say what this machine offers for confining tasks, and how to get more.",
     "localnet": "Start a local Scaleout Edge network.",
     "run": "Run one function in a confined process of its own.",
+    "status": "Show a running client: link, tasks, recent deaths.",
+    "stop": "End a running client.",
+    "top": "Watch a running client.",
 }
 
 
@@ -62,6 +68,7 @@ def app(ctx: click.Context, debug: bool) -> None:
     Examples:
       scaleout-mp demo
       scaleout-mp localnet --folder ./network
+      scaleout-mp client start --api-url localhost --api-port 8092 --name hospital-a
       scaleout-mp run train.py:train --set epochs=3 --memory 2GiB
     """  # noqa: D301 - click reads the \b
     ctx.obj = debug

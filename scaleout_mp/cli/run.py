@@ -16,6 +16,7 @@ import click
 from scaleout_mp.cli.job import Job, run_job
 from scaleout_mp.cli.job_output import check_output, keep_result
 from scaleout_mp.cli.job_view import JsonView, LiveView, PlainView
+from scaleout_mp.cli.limit_options import LIMITS, limit_options
 from scaleout_mp.cli.models import open_seed
 from scaleout_mp.cli.options import configure_logging, debug_option
 from scaleout_mp.client.target import Target
@@ -26,7 +27,7 @@ from scaleout_mp.errors import ConfigError, ModelError
 from scaleout_mp.task import EndReason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from scaleout_mp.cli.job_view import View
     from scaleout_mp.model import ScaleoutModel
@@ -54,21 +55,6 @@ EXIT_CODES: Final[Mapping[EndReason, int]] = {
 }
 EXIT_USAGE: Final = 2
 
-#: Limits that are options: name, and what the help says.
-_LIMITS: Final = {
-    "memory": 'Private memory of all its processes: "2GiB", or "0.5" of the machine.',
-    "wall_time": 'From start to end: "90s", "10m", "1h".',
-    "cpu_time": "Processor time of all its processes.",
-    "no_progress": "Time without a metric or a look at check_task_abort().",
-    "pids": "Processes and threads.",
-    "open_files": "Descriptors of each process.",
-    "file_size": "Each file that it writes.",
-    "scratch_size": "All files in its scratch folder.",
-    "threads": "Threads of numerical libraries.",
-    "abort_grace": "Time to clean up once asked to stop.  [default: 5s]",
-}
-_COUNTS: Final = frozenset({"pids", "open_files", "threads"})
-
 
 class UsageError(click.ClickException):
     """What was asked for makes no sense; said in one line."""
@@ -80,13 +66,6 @@ class UsageError(click.ClickException):
         click.echo(f"error: {' '.join(self.message.split())}", file=file or sys.stderr)
 
 
-def _limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for name, text in reversed(_LIMITS.items()):
-        flag = f"--{name.replace('_', '-')}"
-        command = click.option(flag, type=int if name in _COUNTS else str, help=text)(command)
-    return command
-
-
 @click.command(short_help="Run one function in a confined process of its own.")
 @click.argument("target", metavar="MODULE:FUNCTION")
 @click.option("--model", type=click.Path(path_type=Path), help="Model that it gets: a model file (.scm) or .npz.")
@@ -96,7 +75,7 @@ def _limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
     type=click.Path(path_type=Path),
     help="Where the result goes: .scm or .npz for models and arrays, .json.",
 )
-@_limit_options
+@limit_options
 @click.option("--sandbox", type=click.Choice(LEVELS), default="auto", show_default=True, help="How it is confined.")
 @click.option("--read", multiple=True, help="With --sandbox strict: a file or folder that it may read.")
 @click.option("--write", multiple=True, help="With --sandbox strict: a file or folder that it may change.")
@@ -173,7 +152,7 @@ def _job(target: str, given: Mapping[str, Any]) -> Job:
     level = given["sandbox"]
     strict = level == "strict"
     start = given["working_directory"] or (None if strict else INHERIT)
-    limits: dict[str, Any] = {name: _limit(given[name]) for name in _LIMITS if given[name] is not None}
+    limits: dict[str, Any] = {name: _limit(given[name]) for name in LIMITS if given[name] is not None}
     gpus = None if given["gpus"] is None else _words(given["gpus"])
     affinity = None if given["affinity"] is None else _numbers("affinity", given["affinity"])
     return Job(

@@ -1,0 +1,47 @@
+"""`scaleout-mp config`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from scaleout_mp.cli.client_options import client_options, given_options
+from scaleout_mp.cli.options import debug_option
+
+
+@click.command(short_help="Show which options a client would start with, and where each comes from.")
+@client_options
+@click.option("--json", "as_json", is_flag=True, help="Write JSON.")
+@debug_option
+@click.pass_context
+def config(ctx: click.Context, /, *, as_json: bool, **values: Any) -> int:
+    """Show which options `scaleout-mp client start` would start with, and where each comes from.
+
+    A flag comes before a variable, a variable before the file of --init, and that before the default. A token is not
+    shown.
+
+    \b
+    Examples:
+      scaleout-mp config --init client.yaml
+      scaleout-mp config --memory 2GiB --json
+    """  # noqa: D301 - click reads the \b
+    given = given_options(ctx, values)
+    shown = {
+        name: {"value": _shown(name, value), "source": given.sources[name]} for name, value in given.values.items()
+    }
+    if as_json:
+        click.echo(json.dumps(shown, indent=2))
+        return 0
+    width = max(map(len, shown))
+    for name, entry in shown.items():
+        value = "" if entry["value"] is None else str(entry["value"])
+        click.echo(f"{name:<{width}}  {value:<24}  {entry['source']}".rstrip())
+    return 0
+
+
+def _shown(name: str, value: Any) -> Any:
+    if name == "token" and value:
+        return "(set)"
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
