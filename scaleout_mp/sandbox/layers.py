@@ -87,12 +87,17 @@ class OwnLayers:
     #: What it may use, without its scratch folder; None: all that its template may.
     files: FileAccess | None = None
 
+    def put_on_early(self) -> None:
+        """Put on what is the same for every task: a process that waits for its task has the time. Raises OSError."""
+        if self.domain and self.files is None:
+            with landlock.Ruleset() as rules:
+                rules.restrict()
+
     def put_on(self, scratch: str) -> None:
-        """Put it on this process. Raises OSError: then no user code may run."""
-        if self.domain:
-            with landlock.Ruleset(files=self.files is not None) as rules:
-                if self.files is not None:
-                    self.files.and_write(scratch).add_to(rules)
+        """Put on the rest, after `put_on_early`. Raises OSError: then no user code may run."""
+        if self.domain and self.files is not None:
+            with landlock.Ruleset(files=True) as rules:
+                self.files.and_write(scratch).add_to(rules)
                 rules.restrict()
         if self.filter is not None:
             seccomp.install(seccomp.for_process(self.filter, os.getpid()))

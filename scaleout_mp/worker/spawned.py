@@ -106,6 +106,7 @@ def main() -> NoReturn:
     process.die_with_parent(template)
     # Before the limits: it needs descriptors for a moment.
     streams = task.line_streams()
+    program.own.put_on_early()
     confinement.apply(program.own)
     program.script.apply_search_path()
 

@@ -242,6 +242,7 @@ class Template:
             process.reset_signals(self._changed_signals)
             process.die_with_parent(self._pid)
             os.setsid()
+            self._preparation.own.put_on_early()
             frame = order()
             if frame is not None:
                 confinement = _confinement(frame)
