@@ -13,10 +13,11 @@ from scaleout_mp.task import EndReason
 
 if TYPE_CHECKING:
     from scaleout_mp.sandbox.cgroup import MemoryGroup
+    from scaleout_mp.sandbox.memory import OwnMemory
 
 #: The fastest that memory is assumed to grow, bytes per second: with it a look is due before the limit can be reached.
-_FASTEST_GROWTH: Final = 4e9
-_SHORTEST: Final = 0.002
+_FASTEST_GROWTH: Final = 1e10
+_SHORTEST: Final = 0.001
 _LONGEST: Final = 0.25
 _FIRST: Final = 0.03
 #: A task near its limit that does not grow is looked at this seldom.
@@ -28,7 +29,18 @@ _KERNEL_SLACK: Final = 1 << 22
 #: Processes that are looked at between two events of the loop.
 _FEW: Final = 8
 #: One search for the orphans of all tasks.
-_census: Final = tree.Census(_ORPHAN_SEARCH)
+_census: Final = tree.Census()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Overcount:
+    """By how much the sums over some processes were too large when they were last measured, in bytes."""
+
+    pids: list[int] = dataclasses.field(default_factory=list)
+    private: int = 0
+    shared: int = 0
+    #: Monotonic clock; measuring again before that would cost too much.
+    good_until: float = 0.0
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -57,6 +69,7 @@ class TreeWatch:
     _grew: bool = True
     #: The group holds all of the tree.
     _kernel_alone: bool = True
+    _overcount: _Overcount = dataclasses.field(default_factory=_Overcount)
     _processes: int = 1
     _cost: float = 0.0
 
@@ -72,11 +85,13 @@ class TreeWatch:
         do nothing where the tree has become `large`.
         """
         started = time.monotonic()
+        self._cost = 0.0
         if self._next_search is None:
-            self._next_search = clock + _ORPHAN_SEARCH
+            self._next_search = clock + self._until_search()
         elif clock >= self._next_search:
-            self._orphans = _census.wearers(self.tag)
-            self._next_search = clock + _ORPHAN_SEARCH
+            pause = self._until_search()
+            self._orphans = _census.wearers(self.tag, seconds=pause / 2)
+            self._next_search = clock + pause
         below = memory.descendants(self.pid, most=_FEW if in_a_hurry else None)
         pids = list(dict.fromkeys([*below, *self._orphans]))
         self._processes = len(pids)
@@ -84,8 +99,14 @@ class TreeWatch:
             return None
         self.pids = pids
         cause = self._look_at_memory(pids) or self._look_at_use(pids)
-        self._cost = time.monotonic() - started
+        self._cost += time.monotonic() - started
         return cause
+
+    def _until_search(self) -> float:
+        """Return the seconds until orphans are searched again: sooner where they may be growing towards the limit."""
+        if not self.memory_limit or self.group is not None:
+            return _ORPHAN_SEARCH
+        return min(_ORPHAN_SEARCH, max(_CALM, (self.memory_limit - self.now) / _FASTEST_GROWTH / 4))
 
     def _look_at_memory(self, pids: list[int]) -> StopCause | None:
         over = self._count(pids) if self.group is None else self._count_by_group(self.group, pids)
@@ -96,13 +117,43 @@ class TreeWatch:
         return StopCause(reason=EndReason.MEMORY_LIMIT, message=f"passed its memory limit of {limit} (peak {peak})")
 
     def _count(self, pids: list[int]) -> bool:
-        size = memory.own_size(pids, self.shared)
-        if len(pids) > 1 and size > (self.memory_limit or self.peak):
-            # The sum counts pages that forks share once for each of them.
-            size = memory.exact_size(pids, self.shared)
+        sum_ = memory.own_memory(pids, self.shared)
+        size = sum_.total if len(pids) == 1 else self._without_overcount(pids, sum_)
         self._grew = size > self.now
         self.now = size
         return 0 < self.memory_limit < size
+
+    def _without_overcount(self, pids: list[int], sum_: OwnMemory) -> int:
+        """Return the size of several processes, of which the sum counts pages that they share once for each."""
+        limit, over = self.memory_limit, self._overcount
+        same = over.pids == pids
+        if not limit:
+            return self._measure(pids, sum_) if sum_.total > self.peak else sum_.total
+        # In good time: what is in excess is then known when the limit is near, and measuring takes long there.
+        if not same and sum_.total > limit / 2:
+            return self._measure(pids, sum_)
+        private = sum_.private - over.private
+        if same and private > limit:
+            # Without new processes there is no new sharing of private pages: it is at least so much.
+            return private
+        size = sum_.total - over.private - over.shared if same else sum_.total
+        # Private pages that are written after a fork are in excess no more, which the sum does not show.
+        stale = sum_.total > limit and time.monotonic() > over.good_until
+        return self._measure(pids, sum_) if size > limit or stale else size
+
+    def _measure(self, pids: list[int], sum_: OwnMemory) -> int:
+        started = time.monotonic()
+        exact = memory.exact_memory(pids, self.shared)
+        ended = time.monotonic()
+        self._overcount = _Overcount(
+            pids=pids,
+            private=max(0, sum_.private - exact.private),
+            shared=max(0, sum_.shared - exact.shared),
+            good_until=ended + 4 * (ended - started),
+        )
+        # Looking must not become the main work, but near a limit it has to go on.
+        self._cost -= ended - started
+        return exact.total
 
     def _count_by_group(self, group: MemoryGroup, pids: list[int]) -> bool:
         try:
@@ -112,7 +163,7 @@ class TreeWatch:
             in_group = 0
         # Privileged code can leave its group, or raise the group's limit.
         outside = [pid for pid in pids if not group.holds(pid)]
-        self.now = in_group + (memory.own_size(outside, self.shared) if outside else 0)
+        self.now = in_group + (memory.own_memory(outside, self.shared).total if outside else 0)
         self._kernel_alone = not outside
         return self.killed_by_kernel() or self.now > self.memory_limit + _KERNEL_SLACK
 

@@ -2,7 +2,7 @@
 
 Resident size counts the mapped model as well, which is shared and not the task's doing. So: RssAnon, swap, and of the
 shared pages what goes beyond the bytes that were handed over. Sums over forks count copy-on-write pages once per fork;
-`exact_size` reads the proportional share instead, at a hundred times the cost. Facts: proc(5).
+`exact_memory` reads the proportional share instead, at a hundred times the cost. Facts: proc(5).
 """
 
 from __future__ import annotations
@@ -30,33 +30,48 @@ def _sum_fields(path: str, names: tuple[bytes, ...]) -> list[int]:
     return list(found.values())
 
 
-def own_size(pids: list[int], shared: int) -> int:
-    """Return the bytes that the processes have made their own; `shared` bytes of shared pages per process are free.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnMemory:
+    """What some processes have made their own, in bytes."""
 
-    An upper bound while processes of the task share copy-on-write pages. Processes that are gone count as nothing.
+    #: Anonymous pages and swap.
+    private: int
+    #: Of pages that can be shared, those beyond what was handed over.
+    shared: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.private + self.shared
+
+
+def own_memory(pids: list[int], handed_over: int) -> OwnMemory:
+    """Return what the processes have made their own; `handed_over` bytes of shared pages per process are free.
+
+    An upper bound while processes of the task share pages. Processes that are gone count as nothing.
     """
-    total = 0
+    private = shared = 0
     for pid in pids:
         try:
             anon, shmem, swap = _sum_fields(f"/proc/{pid}/status", _STATUS_FIELDS)
         except OSError:
             continue
-        total += anon + max(0, shmem - shared) + swap
-    return total
+        private += anon + swap
+        shared += max(0, shmem - handed_over)
+    return OwnMemory(private=private, shared=shared)
 
 
-def exact_size(pids: list[int], shared: int) -> int:
-    """Return the same with each shared page counted once over all who share it. About 1 ms a process."""
-    total = 0
-    shared_pages = 0
+def exact_memory(pids: list[int], handed_over: int) -> OwnMemory:
+    """Return the same with each shared page counted once over all who share it. 1 ms a process, 10 ms a large one."""
+    private = shared = 0
     for pid in pids:
         try:
             anon, shmem, swap = _sum_fields(f"/proc/{pid}/smaps_rollup", _ROLLUP_FIELDS)
         except OSError:
             continue
-        total += anon + swap
-        shared_pages += shmem
-    return total + max(0, shared_pages - shared)
+        private += anon + swap
+        shared += shmem
+    return OwnMemory(private=private, shared=max(0, shared - handed_over))
 
 
 def descendants(root: int, *, most: int | None = None) -> list[int]:

@@ -101,16 +101,14 @@ def tagged(tag: int) -> list[int]:
 class Census:
     """Who wears which tag, looked up for all tasks of a supervisor at once. May be used from several threads."""
 
-    def __init__(self, seconds: float) -> None:
-        """`seconds` is how old an answer may be."""
-        self._seconds = seconds
+    def __init__(self) -> None:
         self._taken = -math.inf
         self._wearers: dict[int, list[int]] = {}
 
-    def wearers(self, tag: int) -> list[int]:
-        """Return the pids of the living processes that wore the tag at the last search."""
+    def wearers(self, tag: int, *, seconds: float) -> list[int]:
+        """Return the pids of the living processes that wore the tag at a search which is not older than `seconds`."""
         now = time.monotonic()
-        if now - self._taken > self._seconds:
+        if now - self._taken > seconds:
             # Before the search, so that another thread does not begin one as well.
             self._taken = now
             self._wearers = _search()
