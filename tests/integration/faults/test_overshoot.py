@@ -15,7 +15,7 @@ from scaleout_mp.sandbox.cgroup import MemoryGroups
 LIMIT = 512 * MIB
 #: Bytes past the limit, with and without a memory cgroup.
 KERNEL_OVERSHOOT, WATCHDOG_OVERSHOOT = MIB, 16 * MIB
-#: The same without a cgroup for pages that several processes share: to count each once takes the kernel 10 ms a process.
+#: Without a cgroup, for pages that several processes share: to count each once takes the kernel 10 ms a process.
 SHARED_OVERSHOOT = 48 * MIB
 ATTEMPTS = 4
 PROGRAMS = {
