@@ -16,6 +16,8 @@ from scaleout_mp.cli.options import debug_option
 from scaleout_mp.errors import ConfigError, TransportError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from scaleout_mp.cli.client_options import Given
     from scaleout_mp.client import EdgeClient, GrpcConnectionOptions
     from scaleout_mp.supervisor.package_callbacks import PackageSource
@@ -52,8 +54,15 @@ def start(ctx: click.Context, /, **values: Any) -> int:
     given = given_options(ctx, values)
     _set_up_logging("DEBUG" if ctx.obj else given["log_level"])
     _check(given)
-    package = _package(given)
+    known: list[GrpcEdgeClientRuntime] = []
+
+    def access_token() -> str | None:
+        # The package needs the token that the runtime has, and the runtime the package.
+        return known[0].get_access_token()
+
+    package = _package(given, access_token)
     runtime, edge = _client(given, package)
+    known.append(runtime)
     options = _combiner(given, edge)
     if not edge.init_grpchandler(options, token=given["token"], url=given.address):
         raise TransportError("the combiner cannot be used; the line above says why")
@@ -76,17 +85,23 @@ def _check(given: Given) -> None:
         raise ConfigError("--remote-package needs --api-url: the package comes from there")
 
 
-def _package(given: Given) -> PackageSource | None:
-    """Return where a local package is; None for one that the network gives."""
-    from scaleout_mp.package import Environments, LocalPackage
+def _package(given: Given, access_token: Callable[[], str | None]) -> PackageSource:
+    """Return where the package comes from."""
+    from scaleout_mp.config import Settings
+    from scaleout_mp.package import Environments, LocalPackage, RemotePackage
+    from scaleout_mp.transport.package_api import PackageApi
 
-    if given["remote_package"]:
-        raise ConfigError("--remote-package cannot be used yet: unpack the package and name its folder with --package")
-    managed = given["managed_env"] and not given["disable_managed_env"]
-    return LocalPackage(given["package"], environments=Environments() if managed else None)
+    managed = (given["managed_env"] or given["remote_package"]) and not given["disable_managed_env"]
+    environments = Environments() if managed else None
+    if not given["remote_package"]:
+        return LocalPackage(given["package"], environments=environments)
+    address = given.address
+    assert address is not None
+    api = PackageApi(address, settings=Settings.from_environ(), access_token=access_token)
+    return RemotePackage(api, environments=environments)
 
 
-def _client(given: Given, package: PackageSource | None) -> tuple[GrpcEdgeClientRuntime, EdgeClient]:
+def _client(given: Given, package: PackageSource) -> tuple[GrpcEdgeClientRuntime, EdgeClient]:
     from scaleout_mp.client import EdgeClient
     from scaleout_mp.config import Limits
     from scaleout_mp.supervisor.runtime import GrpcEdgeClientRuntime

@@ -142,6 +142,10 @@ class LocalNetwork:
     ) -> None:
         await self.aclose()
 
+    def set_package(self, archive: str | os.PathLike[str] | None) -> None:
+        """Give clients that ask for one this archive of a compute package; None: there is none."""
+        self._rest.package = None if archive is None else Path(archive)
+
     @property
     def api_url(self) -> str:
         """The URL that clients connect to."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import ssl
 import uuid
@@ -13,6 +14,7 @@ from scaleout_mp.localnet.events import ClientAssigned, ClientEnrolled, ClientRe
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection
+    from pathlib import Path
 
     from aiohttp import web
 
@@ -68,6 +70,8 @@ class RestApi:
         self._accepted_versions = accepted_versions
         self._combiner_host = ""
         self._combiner_port = 0
+        #: Archive of the compute package that clients may get; None: there is none.
+        self.package: Path | None = None
         #: Which helper clients are told to use.
         self.helper_type = "numpyhelper"
         self._runner: web.AppRunner | None = None
@@ -88,6 +92,8 @@ class RestApi:
             name = path.strip("/").removeprefix("api/").removeprefix("v1/")
             app.router.add_post(path, self._faulty(name, behaviour))
         app.router.add_get("/api/v1/model-signatures/{model_id}", self._faulty("model-signatures", self._get_signature))
+        app.router.add_get("/api/v1/packages/download", self._faulty("packages/download", self._give_package))
+        app.router.add_get("/api/v1/packages/checksum", self._faulty("packages/checksum", self._give_checksum))
         self._runner = self._web.AppRunner(app, access_log=None)
         await self._runner.setup()
         try:
@@ -148,9 +154,24 @@ class RestApi:
         package = body.get("package", "local")
         if package not in {"local", "remote"}:
             return 400, f'package must be "local" or "remote", not {package!r}'
-        if package == "remote":
+        if package == "remote" and self.package is None:
             return HTTP_PACKAGE_MISSING, "no compute package has been set"
         return None
+
+    async def _give_package(self, request: web.Request) -> web.StreamResponse:
+        if not self._tokens.accepts(request.headers.get("Authorization")):
+            return self._answer(401, {"message": "the access token is missing, wrong or expired"})
+        if self.package is None:
+            return self._answer(404, {"message": "no compute package has been set"})
+        headers = {"Content-Disposition": f'attachment; filename="{self.package.name}"'}
+        return self._web.FileResponse(self.package, headers=headers)  # type: ignore[no-any-return]
+
+    async def _give_checksum(self, request: web.Request) -> web.Response:
+        if not self._tokens.accepts(request.headers.get("Authorization")):
+            return self._answer(401, {"message": "the access token is missing, wrong or expired"})
+        if self.package is None or request.query.get("name") != self.package.name:
+            return self._answer(404, {"message": "there is no package of that name"})
+        return self._answer(200, {"checksum": hashlib.sha256(self.package.read_bytes()).hexdigest()})
 
     async def _refresh(self, request: web.Request) -> web.Response:
         body = await _object_of(request)

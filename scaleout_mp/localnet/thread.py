@@ -201,6 +201,10 @@ class LocalNetworkThread:
         """End the current round; False when none runs."""
         return self._run(self.network.abort_round)
 
+    def set_package(self, archive: str | os.PathLike[str] | None) -> None:
+        """Give clients that ask for one this archive of a compute package; None: there is none."""
+        self._run(lambda: self.network.set_package(archive))
+
     def add_model(self, model: ScaleoutModel) -> str:
         """Keep a model for download; returns its id."""
         return self.call(self.network.add_model(model))
