@@ -14,8 +14,14 @@ import pytest
 from observing import wait_until
 
 from scaleout_mp import ScaleoutModel
-from scaleout_mp.localnet import LocalNetworkThread, RunStatus, SessionPlan
-from scaleout_mp.localnet.events import ClientConnected, ClientDisconnected, MetricReceived, TaskReported
+from scaleout_mp.localnet import LocalNetworkThread, RunStatus, SessionPlan, TokenKind
+from scaleout_mp.localnet.events import (
+    ClientConnected,
+    ClientDisconnected,
+    ClientEnrolled,
+    MetricReceived,
+    TaskReported,
+)
 
 pytest.importorskip("yaml", reason="PyYAML is not installed: `make install` has it")
 
@@ -226,6 +232,25 @@ def test_a_wrong_flag_is_told(place):
     done = cli(place, "client", "start", "--sandbox", "no")
     assert done.returncode == 2
     assert "--sandbox" in done.stderr
+
+
+def test_a_client_is_enrolled_and_starts_with_what_it_got(place):
+    with LocalNetworkThread(place / "guarded", token="a-token-for-tests") as net:
+        token = net.issue_token(TokenKind.ENROLLMENT)
+        given = {"SCALEOUT_MP_TOKEN": token, "SCALEOUT_TOKEN_CACHE_DIR": str(place / "tokens")}
+        done = cli(place, "client", "enroll", "-u", net.api_url, "-n", "new", "--json", **given)
+        assert done.returncode == 0, done.stderr
+        (enrolled,) = net.events.of(ClientEnrolled)
+        assert json.loads(done.stdout) == {"client_id": enrolled.client_id, "name": "new"}
+        with Client(place, net, "-n", "new", **given):
+            assert connected(net).client_id == enrolled.client_id
+            assert cli(place, "stop").returncode == 0
+        # One enrollment is enough.
+        assert len(net.events.of(ClientEnrolled)) == 1
+        wrong = cli(place, "client", "enroll", "-u", net.api_url, SCALEOUT_MP_TOKEN="nonsense")
+        assert wrong.returncode == 1
+        assert "Traceback" not in wrong.stderr
+        assert "nonsense" not in wrong.stderr
 
 
 def test_help_has_examples(place):

@@ -119,9 +119,11 @@ def seed():
     return ScaleoutModel.from_training_model([np.zeros((3, 3), np.float32)])
 
 
-@pytest.mark.parametrize("start_method", ["template", "spawn"])
-def test_a_package_trains_in_a_session_and_nothing_of_it_is_in_the_supervisor(net, folder, start_method):
-    with running(net, folder, start_method=start_method) as edge:
+@pytest.mark.parametrize(
+    ("start_method", "sandbox"), [("template", "auto"), ("spawn", "auto"), ("template", "strict"), ("spawn", "strict")]
+)
+def test_a_package_trains_in_a_session_and_nothing_of_it_is_in_the_supervisor(net, folder, start_method, sandbox):
+    with running(net, folder, start_method=start_method, sandbox=sandbox) as edge:
         with seed() as model:
             result = net.run_session(SessionPlan(rounds=2), model, timeout=60)
         status, seen = outcome(net, edge, "Custom_look")

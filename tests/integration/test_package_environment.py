@@ -95,12 +95,13 @@ def look(net, edge):
     return end.response
 
 
-def test_a_package_runs_in_its_own_environment_with_numpy_and_msgpack_alone(tmp_path, folder, offline):
+@pytest.mark.parametrize("sandbox", ["auto", "strict"])
+def test_a_package_runs_in_its_own_environment_with_numpy_and_msgpack_alone(tmp_path, folder, offline, sandbox):
     environments = Environments(tmp_path / "cache")
     package = LocalPackage(folder, environments=environments)
     with (
         LocalNetworkThread(tmp_path / "net") as net,
-        RunningClient(net, package=package, callbacks=False) as edge,
+        RunningClient(net, package=package, callbacks=False, sandbox=sandbox) as edge,
     ):
         first = look(net, edge)
         with ScaleoutModel.from_training_model([np.zeros((3, 3), np.float32)]) as seed:
