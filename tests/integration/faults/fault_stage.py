@@ -144,6 +144,13 @@ def marked(mark: str) -> list[str]:
     return found
 
 
+def _remove(folder: str) -> None:
+    """Remove a fault's folder, which it may have closed to its own user, or removed itself."""
+    if os.path.lexists(folder):
+        subprocess.run(["chmod", "-R", "u+rwX", folder], check=True)
+        subprocess.run(["rm", "-rf", folder], check=True)
+
+
 class Ticker:
     """Measures how late a timer on the executor's loop is; time in which others had the processor does not count."""
 
@@ -272,9 +279,7 @@ class Stage:
                 assert returned == fault.returns, returned
         finally:
             del task
-            # What a fault has closed to its own user is opened first.
-            subprocess.run(["chmod", "-R", "u+rwX", place.folder], check=True)
-            subprocess.run(["rm", "-rf", place.folder], check=True)
+            _remove(place.folder)
         peak = self._rss("VmHWM") - rss
         self._check_leftovers(mark, before, reported)
         assert self._ends.of(report.task_id) == [report.reason.value]
