@@ -129,7 +129,11 @@ class PackageCallbacks(Callbacks):
 
     async def _watch(self) -> None:
         while True:
-            await self._current()
+            try:
+                await self._current()
+            except Exception:
+                # Whatever is wrong here, the next look may find the package as it should be.
+                logger.exception("the package could not be looked at", extra={"action": "package_look_failed"})
             await asyncio.sleep(LOOK_EVERY)
 
     # What jobs ask for
