@@ -115,6 +115,13 @@ def beside(what: str, ours: Sequence[float], theirs: Sequence[float], *, peer: s
     )
 
 
+def above(what: str, ours: Sequence[float], floor: str, theirs: Sequence[float], *, unit: str) -> Row:
+    """Make a row of a time and a floor that no target binds; the ratio says how many times the floor ours is."""
+    row = beside(what, ours, theirs, peer=floor, unit=unit)
+    assert row.theirs is not None
+    return dataclasses.replace(row, ratio=row.ours / row.theirs)
+
+
 def show(rows: Sequence[Row]) -> None:
     """Print the table; where BENCH_JSON names a file, write the rows there too, a JSON object a line."""
     print(f"\n{platform.platform()}, Python {platform.python_version()}, {os.cpu_count()} cores; medians\n")

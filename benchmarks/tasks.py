@@ -9,7 +9,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from benchmarks.harness import Row, beside, compare, interleaved
+from benchmarks.harness import Row, above, compare, interleaved
 from scaleout_mp import TaskExecutor
 from scaleout_mp.executor.core import PRELOAD
 
@@ -82,7 +82,7 @@ def start(level: LevelName, at_most: float | None, more: Sequence[str], runs: in
         mine, theirs = interleaved(runs, ours, floor)
     what = f"task start at level {level}, {' and '.join(('numpy', *more))} loaded"
     if at_most is None:
-        return beside(what, mine, theirs, peer="bare fork", unit="ms")
+        return above(what, mine, "bare fork", theirs, unit="ms")
     return compare(what, mine, "bare fork", theirs, unit="ms", at_most=at_most)
 
 

@@ -30,6 +30,15 @@ def write(path, data=b"x"):
         file.write(data)
 
 
+def litter(path):
+    """Write a file that must not stay where a layer is missing."""
+    try:
+        write(path)
+    finally:
+        if os.path.exists(path):
+            os.remove(path)
+
+
 def files(secret, declared, output, folder):
     """Use files in every way that comes to mind."""
     return {
@@ -42,9 +51,9 @@ def files(secret, declared, output, folder):
         "change its times": attempt(os.utime, secret, (0, 0)),
         "rename it": attempt(os.rename, secret, secret + "2"),
         "link to it": attempt(os.link, secret, os.path.join(folder, "link")),
-        "write to /tmp": attempt(write, f"/tmp/scaleout-strict-{os.getpid()}"),
-        "write beside the modules": attempt(write, os.path.join(os.path.dirname(__file__), "written-by-a-task")),
-        "write to the interpreter": attempt(write, os.path.join(sys.prefix, "written-by-a-task")),
+        "write to /tmp": attempt(litter, f"/tmp/scaleout-strict-{os.getpid()}"),
+        "write beside the modules": attempt(litter, os.path.join(os.path.dirname(__file__), "written-by-a-task")),
+        "write to the interpreter": attempt(litter, os.path.join(sys.prefix, "written-by-a-task")),
         "read what is declared": attempt(read, declared),
         "write what is declared for reading": attempt(write, declared),
         "change the mode of what is declared for reading": attempt(os.chmod, declared, 0o777),
@@ -54,7 +63,7 @@ def files(secret, declared, output, folder):
         "run a program": attempt(subprocess.check_output, [sys.executable, "-c", "import numpy"]),
         "write to null": attempt(write, os.devnull),
         "make a device": attempt(os.mknod, os.path.join(output, "device"), 0o20666, os.makedev(1, 3)),
-        "write shared memory": attempt(write, f"/dev/shm/strict-{os.getpid()}"),
+        "write shared memory": attempt(litter, f"/dev/shm/strict-{os.getpid()}"),
     }
 
 
