@@ -396,11 +396,12 @@ def test_a_task_within_its_limit_is_left_alone(executor):
 
 def test_wall_time(executor):
     started = time.monotonic()
-    report = executor.submit(programs.spin, limits=Limits(wall_time=0.5, abort_grace=0.2)).report(20)
+    # Long enough for a fresh interpreter on a busy machine to come to where SIGTERM ends it.
+    report = executor.submit(programs.spin, limits=Limits(wall_time=0.5, abort_grace=4)).report(20)
     assert report.reason is EndReason.WALL_TIME
     assert report.stopped_by is StopStage.SIGTERM
     assert "wall-clock limit of 0.5 s" in report.message
-    assert 0.5 <= time.monotonic() - started < 3
+    assert 0.5 <= time.monotonic() - started < 5.5
 
 
 def test_processor_time_of_the_tree(executor):
@@ -721,6 +722,7 @@ def test_the_result_can_be_waited_for_with_a_timeout(executor):
     with pytest.raises(TimeoutError):
         task.result(0.05)
     assert not task.done()
+    ready(task)
     task.abort()
     assert task.report(20).stopped_by is StopStage.ABORT
 
