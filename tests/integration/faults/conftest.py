@@ -1,4 +1,4 @@
-"""Where root runs these tests, an ordinary user runs them as well, beside: most of their time is waiting."""
+"""Where root runs these tests, an ordinary user runs them as well."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from ordinary_user import Installation, open_folder, unused_uid
 if TYPE_CHECKING:
     from pathlib import Path
 
-WAITS_FOR_IT = "test_every_fault_as_an_ordinary_user"
 #: Those that privilege could make a difference to.
 TESTS = [f"tests/integration/faults/test_{name}.py" for name in ("faults", "overshoot")]
 #: In the background of a shell that ends at once: no descendant of the process whose descendants are looked at.
@@ -63,12 +62,9 @@ class Run:
                 os.killpg(os.getpgid(pid), signal.SIGKILL)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def run_of_an_ordinary_user(request):
-    """Start the run with the first test of this folder, if it is waited for at all."""
-    if os.getuid() != 0 or not any(item.name == WAITS_FOR_IT for item in request.session.items):
-        yield None
-        return
+@pytest.fixture
+def run_of_an_ordinary_user():
+    """Start the run."""
     uid = unused_uid()
     folder = open_folder(uid)
     run = None

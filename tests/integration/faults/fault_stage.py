@@ -28,6 +28,8 @@ from observing import children, open_descriptors
 from scaleout_mp.sandbox import tree
 
 MIB = 1 << 20
+#: Names of the levels, with commas, at which the faults are performed; `make faults` names all of them.
+LEVELS_VARIABLE = "SCALEOUT_MP_FAULT_LEVELS"
 LIMIT_KINDS = sorted({value for name, value in vars(resource).items() if name.startswith("RLIMIT_")})
 #: Bytes that the supervisor may have more after a fault than before.
 MOST_GROWTH = 16 * MIB
@@ -39,6 +41,12 @@ TICK, MOST_LATE = 0.01, 0.4
 LOST = 30.0
 #: A task that does nothing may take so many times what it took before the faults, and seconds on top of it.
 SLOWER, SLOWER_BY = 3.0, 0.01
+
+
+def levels(default):
+    """Return the levels to perform faults at: the variable's, or `default`."""
+    named = os.environ.get(LEVELS_VARIABLE)
+    return named.split(",") if named else list(default)
 
 
 def benign(number):

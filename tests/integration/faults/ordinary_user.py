@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import psutil
+from fault_stage import LEVELS_VARIABLE
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 #: Distributions that the faults need, with all that they require.
@@ -99,6 +100,7 @@ class Installation:
             "LD_LIBRARY_PATH": str(self.folder / "lib"),
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONPATH": str(self.checkout),
+            LEVELS_VARIABLE: os.environ.get(LEVELS_VARIABLE, "auto"),
         }
 
 
