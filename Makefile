@@ -5,7 +5,7 @@ COMPAT11 := .venv-compat-1.1
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test faults chaos lint format bench fuzz protos docs-check clean
+.PHONY: help install demo test test-all faults chaos lint format bench fuzz protos docs-check clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
@@ -46,16 +46,19 @@ $(COMPAT11)/.done: | .venv/bin/python
 demo: .venv/.demo  ## Run a federated session on this machine, with tasks that misbehave
 	$(BIN)/scaleout-mp demo
 
-# Two files at a time: most of the tests wait. Many measure time, so what failed beside others has to hold alone.
+# Two at a time: most of them wait. Many measure time, so what failed beside others has to hold alone.
 test: .venv/.dev $(COMPAT)/.done $(COMPAT11)/.done  ## Run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile || \
+	$(BIN)/python -m pytest -n 2 --dist worksteal || \
 		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
 chaos: .venv/.dev  ## Three minutes of a session in which everything breaks; CHAOS_SECONDS and CHAOS_SEED say how long, and which
 	CHAOS_SECONDS=$${CHAOS_SECONDS:-180} $(BIN)/python -m pytest -q -s tests/integration/test_chaos.py
 
+test-all: .venv/.dev $(COMPAT)/.done $(COMPAT11)/.done  ## Run the tests with all variants, which takes half an hour
+	SCALEOUT_MP_ALL_TESTS=1 SCALEOUT_MP_FAULT_LEVELS=none,basic,auto,strict $(BIN)/python -m pytest
+
 faults: .venv/.dev  ## Perform every fault at every level, as root (where it is root) and as an ordinary user
-	SCALEOUT_MP_FAULT_LEVELS=none,basic,auto,strict $(BIN)/python -m pytest tests/integration/faults
+	SCALEOUT_MP_ALL_TESTS=1 SCALEOUT_MP_FAULT_LEVELS=none,basic,auto,strict $(BIN)/python -m pytest tests/integration/faults
 
 lint: .venv/.dev  ## Check style, types, layers and docs
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -24,3 +25,21 @@ def no_process_left():
         if time.monotonic() > deadline:
             pytest.fail(f"processes are left: {left}")
         time.sleep(0.01)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what `make test-all` has beside: variants that take long and seldom tell more than their siblings."""
+    if os.environ.get("SCALEOUT_MP_ALL_TESTS"):
+        return
+    extra = [item for item in items if _is_extra(item)]
+    if extra:
+        config.hook.pytest_deselected(items=extra)
+        items[:] = [item for item in items if item not in set(extra)]
+
+
+def _is_extra(item):
+    folder, file = item.path.parent.name, item.path.name
+    variant = item.name.partition("[")[2]
+    if folder == "contract" and file != "test_executor.py":
+        return "spawn" in variant
+    return file == "test_package_environment.py" and "pip" in variant and "built_once" not in item.name

@@ -16,8 +16,8 @@ from scaleout_mp.executor import execution
 FAULTS = all_faults()
 
 
-# `make faults` performs all at all levels, as both users; in a quarter of an hour there is room for two.
-@pytest.fixture(scope="module", params=levels([Level.AUTO.value, Level.STRICT.value]))
+# `make faults` performs all at all levels, as both users; `make test` has the default.
+@pytest.fixture(scope="module", params=levels([Level.AUTO.value]))
 def stage(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"faults-{request.param}")
     with pytest.MonkeyPatch.context() as patch:

@@ -23,7 +23,8 @@ from observing import wait_until
 from scaleout_mp import EndReason, Limits, TaskExecutor
 
 SEED = random.SystemRandom().randrange(1 << 32)
-TEMPLATE_KILLS, SUPERVISOR_KILLS = 60, 40
+#: `make test-all` and `make faults` kill a hundred times.
+TEMPLATE_KILLS, SUPERVISOR_KILLS = (60, 40) if os.environ.get("SCALEOUT_MP_ALL_TESTS") else (15, 10)
 #: Supervisors that are started at once: most of their time is that of their imports.
 AT_ONCE = 4
 #: Seconds within which the moments lie: from before the first task until all are in full swing.
