@@ -324,6 +324,9 @@ class Execution:
 
     def _on_breach(self, cause: StopCause, *, graceful: bool) -> None:
         self._stop(cause, abort_text=cause.message, grace=None if graceful else 0)
+        if not graceful and self._evidence.stop is cause:
+            # At 10 GB/s each millisecond until the search for all of them has ended would be another 10 MB.
+            self._kill_known()
 
     def _climb(self, abort_text: str, grace: float) -> None:
         if self._stopping is None:
@@ -348,12 +351,15 @@ class Execution:
             gone=self._gone(child),
             hurry=self._hurry,
             on_stage=self._on_stage,
-            kill_first=self._kill_first,
+            kill_first=self._kill_known,
         )
 
-    def _kill_first(self) -> None:
+    def _kill_known(self) -> None:
+        """Kill the processes that the last look has seen; the sweep finds the others."""
         if self._tree is not None:
-            tree.signal_process(self._tree.pid, self._tag, signal.SIGKILL)
+            for pid in self._tree.pids or [self._tree.pid]:
+                if not tree.is_tracker(pid):
+                    tree.signal_process(pid, self._tag, signal.SIGKILL)
 
     def _gone(self, child: Child) -> asyncio.Future[Any]:
         """Return what is done once the task needs no further stopping."""

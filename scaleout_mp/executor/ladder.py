@@ -31,7 +31,7 @@ async def climb(
 
     `grace` is in seconds: `ask` is called at once, `not_heeded` after half of it, before SIGTERM goes to the
     tree, and SIGKILL at its end.
-    `kill_first` kills the first process, which nobody has to look for: what takes longest to free is mostly its memory.
+    `kill_first` kills the processes that are known already: freeing their memory takes longer than the search.
     `gone` is done, in whatever way, when the first process was reaped; `hurry` when the grace is called off.
     """
     deadline = asyncio.get_running_loop().time() + grace
