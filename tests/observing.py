@@ -13,7 +13,7 @@ import pytest
 def is_spare(process: psutil.Process) -> bool:
     """Whether a process was forked ahead by a template, for a task that has not come. It ends with its template."""
     parent = process.parent()
-    if parent is None or "scaleout_mp.worker.template" not in parent.cmdline():
+    if parent is None or "scaleout_mp.worker" not in parent.cmdline():
         return False
     tag = resource.prlimit(process.pid, resource.RLIMIT_RTTIME)[1]
     return process.cmdline() == parent.cmdline() and tag == resource.getrlimit(resource.RLIMIT_RTTIME)[1]

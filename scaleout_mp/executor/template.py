@@ -176,7 +176,7 @@ class TemplateLauncher:
                     _executable(interpreter),
                     "-P",
                     "-m",
-                    "scaleout_mp.worker.template",
+                    "scaleout_mp.worker",
                     place.scratch,
                 ],
                 stdin=theirs.fileno(),

@@ -167,7 +167,8 @@ class Environments:
 
     def _problem(self, environment: Environment) -> str | None:
         """Say what keeps an environment from running tasks: the child side is imported in it."""
-        modules = "numpy, scaleout_mp.worker.template, scaleout_mp.client.package_calls, scaleout_mp.model"
+        modules = "numpy, scaleout_mp.worker.__main__, scaleout_mp.worker.template, "
+        modules += "scaleout_mp.client.package_calls, scaleout_mp.model"
         if not os.path.exists(environment.executable):
             return "it has no interpreter"
         check = Installer(self._folder, self._folder, self._require_wanted)

@@ -1,23 +1,20 @@
 """The template: a clean interpreter that loads callables once and forks a process for each task that asks for one.
 
-Run as `python -m scaleout_mp.worker.template SCRATCH`, with its control channel as standard input and the folder of
-the tasks' scratch folders as argument. Single-threaded, and silent unless asked. It adopts the orphans of its tasks,
-and when the supervisor is gone it ends every process that it ever started and then itself. With `start_method` "spawn"
-it loads nothing and starts a fresh interpreter per task.
+`python -m scaleout_mp.worker` runs it below the guardian. Single-threaded, and silent unless asked. It adopts the
+orphans of its tasks, and when the supervisor is gone it ends every process that it ever started and then itself. With
+`start_method` "spawn" it loads nothing and starts a fresh interpreter per task.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import faulthandler
 import gc
 import importlib
 import os
 import pickle
 import select
 import signal
-import socket
 import sys
 import traceback
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -30,7 +27,6 @@ from scaleout_mp.sandbox import pools, probe, process, tree
 from scaleout_mp.sandbox.confinement import Confinement
 from scaleout_mp.sandbox.layers import Layer, Preparation, Rules, prepare
 from scaleout_mp.worker import failures, resident, task
-from scaleout_mp.worker.guardian import Guardian
 from scaleout_mp.worker.script import Script
 from scaleout_mp.worker.shared_memory import PrivateSharedMemory
 from scaleout_mp.worker.spawned import Program, start_interpreter
@@ -364,31 +360,3 @@ def _confinement(frame: Frame) -> Confinement:
 def _cuda_started() -> bool:
     torch = sys.modules.get("torch")
     return bool(torch is not None and torch.cuda.is_initialized())
-
-
-def main() -> NoReturn:
-    """Run guardian and template on the channel that is standard input."""
-    sock = socket.socket(fileno=os.dup(0))
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
-    # What these mean is the supervisor's to decide, whoever else they were sent to.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    process.forbid_core_files()
-    process.adopt_orphans()
-    supervisor = os.getppid()
-    guardian = Guardian(sock, supervisor, sys.argv[1])
-    above = os.getpid()
-    pid = os.fork()
-    if pid:
-        guardian.watch(pid)
-    process.die_with_parent(above)
-    process.adopt_orphans()
-    # Of this process, and by inheritance of every task: the Python stack at the moment of a crash.
-    faulthandler.enable(file=2)
-    Template(ChildChannel(sock), supervisor).serve()
-
-
-if __name__ == "__main__":
-    main()

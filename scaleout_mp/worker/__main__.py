@@ -1,0 +1,51 @@
+"""Guardian and template. Run as `python -m scaleout_mp.worker SCRATCH`, with the template's control channel as stdin.
+
+SCRATCH is the folder of the tasks' scratch folders. What the template imports is imported after the fork, so that the
+guardian stays small.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+from scaleout_mp.sandbox import process
+from scaleout_mp.worker.guardian import Guardian
+
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Run guardian and template."""
+    sock = socket.socket(fileno=os.dup(0))
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    # What these mean is the supervisor's to decide, whoever else they were sent to.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    process.forbid_core_files()
+    process.adopt_orphans()
+    supervisor = os.getppid()
+    guardian = Guardian(sock, supervisor, sys.argv[1])
+    above = os.getpid()
+    pid = os.fork()
+    if pid:
+        guardian.watch(pid)
+    process.die_with_parent(above)
+    process.adopt_orphans()
+    # Of this process, and by inheritance of every task: the Python stack at the moment of a crash.
+    faulthandler.enable(file=2)
+    from scaleout_mp.ipc.channel import ChildChannel
+    from scaleout_mp.worker.template import Template
+
+    Template(ChildChannel(sock), supervisor).serve()
+
+
+if __name__ == "__main__":
+    main()
