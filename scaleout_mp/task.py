@@ -9,6 +9,7 @@ import dataclasses
 import enum
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from scaleout_mp.display import html_table, readable_size
 from scaleout_mp.errors import TaskCrashed, TaskError, TaskFailed, TaskKilled, TaskRefused
 
 if TYPE_CHECKING:
@@ -184,6 +185,27 @@ class ExitReport:
         fields = dataclasses.asdict(self)
         fields["notes"], fields["layers"] = list(self.notes), list(self.layers)
         return {key: value.value if isinstance(value, enum.Enum) else value for key, value in fields.items()}
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows of it."""
+        facts = [("how it ended", self.reason.value), ("time", f"{self.wall_seconds:.2f} s")]
+        if self.peak_memory is not None:
+            limit = "" if self.memory_limit is None else f" of {readable_size(self.memory_limit)}"
+            facts.append(("memory", f"at most {readable_size(self.peak_memory)}{limit}"))
+        if self.cpu_seconds is not None:
+            facts.append(("processor time", f"{self.cpu_seconds:.2f} s"))
+        if self.last_step is not None:
+            facts.append(("last step", str(self.last_step)))
+        if self.exit_code or self.signal:
+            facts.append(("process", self.signal or f"exit code {self.exit_code}"))
+        facts += [("note", note) for note in self.notes]
+        texts = [
+            ("traceback", self.traceback),
+            ("stacks when it was stopped", self.stacks),
+            ("standard output", self.stdout_tail),
+            ("standard error", self.stderr_tail),
+        ]
+        return html_table(f"task {self.name}: {self.message}", facts, [(name, text) for name, text in texts if text])
 
     def to_error(self) -> TaskError:
         """Return the exception that fits this end; call it only when the task did not complete."""

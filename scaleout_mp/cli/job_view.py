@@ -10,7 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
-from scaleout_mp.executor.report import readable_size
+from scaleout_mp.display import readable_size
 from scaleout_mp.task import AttributesRecord, MetricRecord, TaskState, TelemetryRecord
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ import signal
 from typing import TYPE_CHECKING, Final
 
 from scaleout_mp.config import Limits
+from scaleout_mp.display import readable_size
 from scaleout_mp.ipc.messages import Refusal
 from scaleout_mp.task import EndReason, ExitReport, StopStage
 
@@ -69,15 +70,6 @@ class Evidence:
     def memory_limit(self) -> int:
         """Bytes; 0: none."""
         return self.limits.memory_bytes
-
-
-def readable_size(size: float) -> str:
-    """Return bytes for people, in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
-        size /= 1024
-    raise AssertionError
 
 
 def make_report(seen: Evidence) -> ExitReport:

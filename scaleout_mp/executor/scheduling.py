@@ -12,8 +12,8 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING, Final, Protocol
 
+from scaleout_mp.display import readable_size
 from scaleout_mp.errors import ConfigError
-from scaleout_mp.executor.report import readable_size
 
 if TYPE_CHECKING:
     import asyncio

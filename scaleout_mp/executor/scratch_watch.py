@@ -7,7 +7,8 @@ import logging
 import time
 from typing import TYPE_CHECKING, Final
 
-from scaleout_mp.executor.report import StopCause, readable_size
+from scaleout_mp.display import readable_size
+from scaleout_mp.executor.report import StopCause
 from scaleout_mp.sandbox import disk
 from scaleout_mp.task import EndReason
 

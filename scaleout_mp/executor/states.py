@@ -7,8 +7,8 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any, Final
 
+from scaleout_mp.display import readable_size
 from scaleout_mp.errors import ModelFormatError, ProtocolViolation
-from scaleout_mp.executor.report import readable_size
 from scaleout_mp.ipc.channel import close_all
 from scaleout_mp.ipc.messages import StateChange
 from scaleout_mp.ipc.segments import INLINE

@@ -7,7 +7,8 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from scaleout_mp.config.machine import usable_cores
-from scaleout_mp.executor.report import StopCause, readable_size
+from scaleout_mp.display import readable_size
+from scaleout_mp.executor.report import StopCause
 from scaleout_mp.sandbox import memory, tree
 from scaleout_mp.task import EndReason
 

@@ -6,6 +6,7 @@ import copy
 import warnings
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, Self
 
+from scaleout_mp.display import html_table, readable_size
 from scaleout_mp.errors import ModelFormatError
 from scaleout_mp.model import container as layout
 from scaleout_mp.model.container import DEFAULT_LIMITS, Container, ContainerLimits
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Bytes of one message of a model stream.
 CHUNK_SIZE = 1 << 20
+#: Entries of metadata, and files, that a notebook shows.
+_SHOWN = 20
 
 
 class ScaleoutModel:
@@ -311,6 +314,21 @@ class ScaleoutModel:
         helper = self._container.metadata.get("helper_type", "?")
         state = " closed" if self.closed else ""
         return f"<ScaleoutModel model_id={self.model_id} helper={helper} size={self.size:,} bytes{state}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows of it; the weights are not read."""
+        facts = [("size", readable_size(self.size))]
+        if self.closed:
+            facts.append(("state", "closed"))
+        metadata = {name: value for name, value in self._container.metadata.items() if name != "model_id"}
+        facts += [(name, str(value)) for name, value in list(metadata.items())[:_SHOWN]]
+        if len(metadata) > _SHOWN:
+            facts.append(("…", f"{len(metadata) - _SHOWN} more"))
+        files = self.list_files()
+        if files:
+            more = f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
+            facts.append(("files", ", ".join(files[:_SHOWN]) + more))
+        return html_table(f"ScaleoutModel {self.model_id}", facts)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

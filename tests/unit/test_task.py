@@ -16,8 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 import scaleout_mp
 from scaleout_mp import CallbackNotSendable, ConfigError, EndReason, ExitReport, Limits, TaskKilled
 from scaleout_mp.config import Settings
+from scaleout_mp.display import readable_size
 from scaleout_mp.executor.launcher import Exited
-from scaleout_mp.executor.report import Evidence, StopCause, make_report, readable_size
+from scaleout_mp.executor.report import Evidence, StopCause, make_report
 from scaleout_mp.ipc.messages import Failure, Refusal
 from scaleout_mp.task import AbortOrigin, StopStage, TaskLife, TaskState
 
