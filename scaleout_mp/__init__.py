@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from scaleout_mp.client import EdgeClient as EdgeClient
     from scaleout_mp.client import EdgeClientRuntime as EdgeClientRuntime
     from scaleout_mp.client import GrpcConnectionOptions as GrpcConnectionOptions
+    from scaleout_mp.client import InferenceContext as InferenceContext
     from scaleout_mp.client import LoggingContext as LoggingContext
     from scaleout_mp.config import Limits as Limits
     from scaleout_mp.config import Resources as Resources
@@ -54,6 +55,7 @@ _HOME = {
     "GrpcConnectionOptions": "client",
     "GrpcEdgeClientRuntime": "supervisor",
     "IncompatibleModelFormatError": "errors",
+    "InferenceContext": "client",
     "Limits": "config",
     "LoggingContext": "client",
     "ModelFormatError": "errors",

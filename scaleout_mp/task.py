@@ -272,6 +272,18 @@ class TelemetryRecord:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class InferenceRecord:
+    """One result of an inference."""
+
+    key: str
+    #: A JSON object.
+    payload: str
+    inference_id: str
+    model_id: str
+    timestamp: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LogLine:
     """One record of the standard logging module, from inside a task."""
 
@@ -281,7 +293,7 @@ class LogLine:
     timestamp: float
 
 
-Record = MetricRecord | AttributesRecord | TelemetryRecord | LogLine
+Record = MetricRecord | AttributesRecord | TelemetryRecord | InferenceRecord | LogLine
 
 
 class TaskContext(Protocol):
@@ -309,6 +321,10 @@ class TaskContext(Protocol):
 
     def log_telemetry(self, telemetry: Mapping[str, float]) -> None:
         """Send telemetry."""
+        ...
+
+    def log_inference_result(self, key: str, payload: str, *, inference_id: str, model_id: str) -> None:
+        """Send a result of an inference; `payload` is a JSON object."""
         ...
 
     def check_abort(self) -> None:

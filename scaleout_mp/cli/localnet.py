@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -60,6 +60,9 @@ _COUNT = click.IntRange(min=1)
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Model that the session starts from: a model file (.scm), or weights as written by numpy.savez (.npz).",
 )
+@click.option(
+    "--release", type=click.Choice(["1.0", "1.1"]), default="1.1", show_default=True, help="What the combiner speaks."
+)
 @click.option("--min-clients", type=_COUNT, default=1, show_default=True, help="Clients that a round waits for.")
 @click.option("--min-updates", type=_COUNT, default=1, show_default=True, help="Updates that a new model needs.")
 @click.option("--round-timeout", type=_SECONDS, default=300.0, show_default=True, help="Seconds to train in a round.")
@@ -87,6 +90,7 @@ def localnet(
     min_clients: int,
     min_updates: int,
     round_timeout: float,
+    release: Literal["1.0", "1.1"],
 ) -> int:
     """Start a local Scaleout Edge network: REST API, combiner and, with --rounds, a session.
 
@@ -123,6 +127,7 @@ def localnet(
         tls=Tls.MUTUAL if client_certs else Tls.ON if tls else Tls.OFF,
         faults=_faults(faults, delay=delay, loss=loss),
         restart=None if restart_every is None else (restart_every, down),
+        release=release,
         session=session,
         seed=None if seed is None else open_seed(seed),
     )

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
-import operator
-import threading
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from scaleout_mp.client.logging_context import LoggingContext, task_logging_context
 from scaleout_mp.client.published import stopped
-from scaleout_mp.client.values import attribute_values, metric_values
+from scaleout_mp.client.record_logging import RecordLogging
 from scaleout_mp.errors import NotConnectedError, StoppedException
-from scaleout_mp.task import RecordContext, current_task
+from scaleout_mp.task import current_task
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from scaleout_mp.client.options import ConnectToApiResult, GrpcConnectionOptions
     from scaleout_mp.client.runtime import EdgeClientRuntime
@@ -55,7 +51,7 @@ class _StateOfTask:
         return task.state
 
 
-class EdgeClient:
+class EdgeClient(RecordLogging):
     """A client of a Scaleout Edge network.
 
     Register callbacks, then `connect_to_api`, `init_grpchandler` and `run`. Callbacks run in processes of
@@ -76,6 +72,7 @@ class EdgeClient:
         validate_callback: Callable[[ScaleoutModel], dict[str, Any]] | None = None,
         runtime: EdgeClientRuntime | None = None,
     ) -> None:
+        super().__init__()
         self.name: str | None = None
         self.client_id: str | None = None
         #: Folder of the compute package.
@@ -86,7 +83,6 @@ class EdgeClient:
         self.stage_model_callback: Callable[[ScaleoutModel], None] | None = None
         #: Custom callbacks by task type, "Custom_<name>".
         self.registered_callbacks: dict[str, Callable[[dict[str, Any]], Any]] = {}
-        self._local = threading.local()
         self._given_runtime = runtime
         self._has_runtime = True
         _introduce(runtime, self)
@@ -141,103 +137,6 @@ class EdgeClient:
     def set_client_id(self, client_id: str) -> None:
         """Set the id under which the network knows this client."""
         self.client_id = client_id
-
-    @property
-    def current_logging_context(self) -> LoggingContext | None:
-        """The logging context of the running thread; in a task, the task's own where there is none."""
-        own: LoggingContext | None = getattr(self._local, "context", None)
-        return task_logging_context() if own is None else own
-
-    @current_logging_context.setter
-    def current_logging_context(self, context: LoggingContext | None) -> None:
-        self._local.context = context
-
-    @contextlib.contextmanager
-    def logging_context(self, context: LoggingContext) -> Iterator[None]:
-        """Set the logging context of the running thread for the block."""
-        previous = getattr(self._local, "context", None)
-        self._local.context = context
-        try:
-            yield
-        finally:
-            self._local.context = previous
-
-    def log_metric(
-        self,
-        metrics: Mapping[str, Any],
-        step: int | None = None,
-        commit: bool = True,
-        check_task_abort: bool = True,
-        context: LoggingContext | None = None,
-    ) -> bool:
-        """Log metrics of one step; return whether they were taken.
-
-        `step` moves the context to that step; without it the context's step is used. `commit` moves the
-        context one step on. Raises TypeError that names the key of a value that is not a number, ValueError
-        on too many or too long keys, and StoppedException when the task was aborted and `check_task_abort` is
-        true.
-        """
-        values = metric_values(metrics)
-        context = context or self.current_logging_context
-        if context is None:
-            logger.error(
-                "metrics %s are not logged: this thread has no logging context; enter client.logging_context",
-                sorted(values),
-                extra={"action": "metric_without_context"},
-            )
-            return False
-        step = _checked_step(context.step if step is None else step)
-        context.step = step + 1 if commit else step
-        taken = self._send_metric(values, step, context)
-        if check_task_abort:
-            self.check_task_abort()
-        return taken
-
-    def _send_metric(self, values: dict[str, float], step: int, context: LoggingContext) -> bool:
-        task = current_task()
-        if task is not None:
-            ids = RecordContext(model_id=context.model_id, round_id=context.round_id, session_id=context.session_id)
-            task.log_metric(values, step=step, context=ids)
-            return True
-        return self._runtime.send_metric(
-            metrics=values,
-            model_id=context.model_id,
-            step=step,
-            round_id=context.round_id,
-            session_id=context.session_id,
-        )
-
-    def log_attributes(self, attributes: Mapping[str, Any], check_task_abort: bool = True) -> bool:
-        """Log attributes of this client, as strings; return whether they were taken.
-
-        Raises ValueError that names the key of what is too long, or on too many.
-        """
-        values = attribute_values(attributes)
-        task = current_task()
-        if task is not None:
-            task.log_attributes(values)
-            taken = True
-        else:
-            taken = self._runtime.send_attributes(values)
-        if check_task_abort:
-            self.check_task_abort()
-        return taken
-
-    def log_telemetry(self, telemetry: Mapping[str, Any], check_task_abort: bool = True) -> bool:
-        """Log measurements of this machine; return whether they were taken.
-
-        Raises TypeError that names the key of a value that is not a number.
-        """
-        values = metric_values(telemetry, what="telemetry value")
-        task = current_task()
-        if task is not None:
-            task.log_telemetry(values)
-            taken = True
-        else:
-            taken = self._runtime.send_telemetry(values)
-        if check_task_abort:
-            self.check_task_abort()
-        return taken
 
     def check_task_abort(self) -> None:
         """Raise StoppedException when the running task was asked to stop; does nothing outside its thread.
@@ -327,16 +226,6 @@ def _checked(callback: C, what: str) -> C:
 
 def _custom_type(name: str) -> str:
     return name if name.startswith(CUSTOM_PREFIX) else CUSTOM_PREFIX + name
-
-
-def _checked_step(step: Any) -> int:
-    try:
-        number = operator.index(step)
-    except TypeError:
-        raise TypeError(f"step must be a whole number, not {step!r}") from None
-    if not 0 <= number < 1 << 32:
-        raise ValueError(f"step must be from 0 to 2**32 - 1, not {number}")
-    return number
 
 
 def _introduce(runtime: Any, client: EdgeClient) -> None:

@@ -12,8 +12,10 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
+from scaleout_mp.client.inference_context import task_inference_context
 from scaleout_mp.client.logging_context import task_logging_context
 from scaleout_mp.client.options import ConnectToApiResult, GrpcConnectionOptions
+from scaleout_mp.client.values import inference_payload
 from scaleout_mp.compat import published
 from scaleout_mp.errors import NotConnectedError, StoppedException
 from scaleout_mp.task import RecordContext, current_task
@@ -84,6 +86,15 @@ class _OfTask(threading.local):
         raise AttributeError(name)
 
 
+class _OfInference(threading.local):
+    """The same for the inference context."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "value":
+            return task_inference_context()
+        raise AttributeError(name)
+
+
 class TaskRuntime:
     """`EdgeClientRuntime` of a published client in a task: what it logs goes to the supervisor."""
 
@@ -118,6 +129,15 @@ class TaskRuntime:
         """Log telemetry, in the form of either release."""
         del priority
         self._task().log_telemetry(telemetry_values(key, payload, telemetry))
+        return True
+
+    def send_inference_result(
+        self, key: str, payload: Mapping[str, Any], inference_id: str, model_id: str, priority: str | None = None
+    ) -> bool:
+        """Log a result of an inference."""
+        del priority
+        text = inference_payload(payload)
+        self._task().log_inference_result(key, text, inference_id=inference_id, model_id=model_id)
         return True
 
     def check_task_abort(self) -> None:
@@ -218,7 +238,7 @@ def _bare_client(kind: Any) -> Any:
         local_repository=None,
         _compute_lock=None,
         _current_logging_context=_OfTask(),
-        _current_inference_context=_OfTask(),
+        _current_inference_context=_OfInference(),
         _telemetry_stop=threading.Event(),
         _runtime=TaskRuntime(),
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from scaleout_mp.ipc.messages import MAX_KEYS, MAX_NAME, MAX_VALUE
+from scaleout_mp.ipc.messages import MAX_KEYS, MAX_NAME, MAX_PAYLOAD, MAX_VALUE
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,18 @@ def attribute_values(attributes: Mapping[Any, Any]) -> dict[str, str]:
         if len(text) > MAX_VALUE:
             raise ValueError(f"attribute {key!r} has {len(text)} characters; at most {MAX_VALUE} pass")
     return values
+
+
+def inference_payload(payload: Any) -> str:
+    """Return a result of inference as the JSON of an object; a value that is none becomes {"value": it}.
+
+    Raises TypeError that names what JSON cannot carry, ValueError when there is too much of it.
+    """
+    plain = json_value(payload, path="payload")
+    text = json.dumps(plain if isinstance(plain, dict) else {"value": plain})
+    if len(text) > MAX_PAYLOAD:
+        raise ValueError(f"a result of inference has {len(text)} bytes of JSON; at most {MAX_PAYLOAD} pass")
+    return text
 
 
 def json_value(value: Any, *, path: str) -> Any:

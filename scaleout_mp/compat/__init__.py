@@ -32,6 +32,7 @@ _NAMES: Final[Mapping[str, Mapping[str, str]]] = {
         "ScaleoutModel": "scaleout_mp.model",
     },
     "scaleout.client.grpc_handler": {"GrpcConnectionOptions": "scaleout_mp.client"},
+    "scaleout.client.inference_context": {"InferenceContext": "scaleout_mp.client"},
     "scaleout.client.logging_context": {"LoggingContext": "scaleout_mp.client"},
     "scaleout.client.task_receiver": {"StoppedException": "scaleout_mp.errors"},
     "scaleoututil": {"ScaleoutLogger": "scaleout_mp.compat.parts"},

@@ -7,7 +7,7 @@ import queue
 import threading
 from typing import TYPE_CHECKING, Final
 
-from scaleout_mp.task import AttributesRecord, LogLine, MetricRecord, Record, TelemetryRecord
+from scaleout_mp.task import AttributesRecord, InferenceRecord, LogLine, MetricRecord, Record, TelemetryRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,5 +78,7 @@ def _size(record: Record) -> int:
             return _RECORD + sum(_ENTRY + len(name) for name in values)
         case AttributesRecord(attributes=texts):
             return _RECORD + sum(_ENTRY + len(name) + len(text) for name, text in texts.items())
+        case InferenceRecord(payload=payload):
+            return _RECORD + len(payload)
         case LogLine(message=message):
             return _RECORD + len(message)

@@ -40,6 +40,7 @@ class Kind(enum.IntEnum):
     FAILURE = 21
     PROGRESS = 22
     STATE = 23
+    INFERENCE = 24
     # Supervisor to template.
     SETUP = 32
     LOAD = 33

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 import math
 from typing import Any, Final
 
 from scaleout_mp.errors import ProtocolViolation
 from scaleout_mp.ipc.channel import close_all
 from scaleout_mp.ipc.frames import Frame, Kind
-from scaleout_mp.task import AttributesRecord, LogLine, MetricRecord, Record, RecordContext, TelemetryRecord
+from scaleout_mp.task import (
+    AttributesRecord,
+    InferenceRecord,
+    LogLine,
+    MetricRecord,
+    Record,
+    RecordContext,
+    TelemetryRecord,
+)
 
 #: Keys of one record.
 MAX_KEYS: Final = 4096
@@ -18,6 +27,8 @@ MAX_KEYS: Final = 4096
 MAX_NAME: Final = 1024
 #: Characters of one attribute's value.
 MAX_VALUE: Final = 1 << 16
+#: Characters of the JSON of one result of an inference.
+MAX_PAYLOAD: Final = 1 << 18
 #: The wire carries steps as UInt32Value.
 MAX_STEP: Final = (1 << 32) - 1
 
@@ -53,7 +64,7 @@ class Failure:
     refused: Refusal | None = None
 
 
-RECORD_KINDS: Final = frozenset({Kind.METRIC, Kind.ATTRIBUTES, Kind.TELEMETRY, Kind.LOG})
+RECORD_KINDS: Final = frozenset({Kind.METRIC, Kind.ATTRIBUTES, Kind.TELEMETRY, Kind.INFERENCE, Kind.LOG})
 
 
 def _require(condition: bool, what: str) -> None:
@@ -98,6 +109,16 @@ def _context(value: Any) -> RecordContext | None:
     return RecordContext(model_id=ids[0], round_id=ids[1], session_id=ids[2])
 
 
+def _object(value: Any) -> str:
+    text = _text(value, MAX_PAYLOAD, "a payload")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    _require(isinstance(found, dict), "a payload is no JSON object")
+    return text
+
+
 def parse_record(frame: Frame) -> Record:
     """Return the record in a frame of RECORD_KINDS. Raises ProtocolViolation."""
     match frame.kind:
@@ -123,6 +144,15 @@ def parse_record(frame: Frame) -> Record:
         case Kind.TELEMETRY:
             telemetry, timestamp = _fields(frame, 2)
             return TelemetryRecord(telemetry=_numbers(telemetry), timestamp=_timestamp(timestamp))
+        case Kind.INFERENCE:
+            key, inference_id, model_id, payload, timestamp = _fields(frame, 5)
+            return InferenceRecord(
+                key=_text(key, MAX_NAME, "a key"),
+                inference_id=_text(inference_id, MAX_NAME, "an id"),
+                model_id=_text(model_id, MAX_NAME, "an id"),
+                payload=_object(payload),
+                timestamp=_timestamp(timestamp),
+            )
         case Kind.LOG:
             logger, level, message, timestamp = _fields(frame, 4)
             _require(type(level) is int and 0 <= level <= 1000, "a log level is none")

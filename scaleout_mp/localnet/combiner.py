@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from scaleout_mp.localnet.certificates import ServerTls
     from scaleout_mp.localnet.faults import Fault, FaultPlan
-    from scaleout_mp.localnet.parts import NetworkParts
+    from scaleout_mp.localnet.parts import NetworkParts, Release
     from scaleout_mp.wire.methods import Method
 
 logger = logging.getLogger(__name__)
@@ -86,14 +86,16 @@ class Combiner:
         faults: FaultPlan,
         accepted_versions: Collection[str] | None,
         tls: ServerTls | None = None,
+        release: Release = "1.1",
     ) -> None:
+        self._release = release
         self._faults = faults
         self._tls = tls
         #: The port that is listened on, once started.
         self.port = 0
         self._parts = parts
         self._server: grpc.aio.Server | None = None
-        calls = CombinerCalls(parts, accepted_versions=accepted_versions)
+        calls = CombinerCalls(parts, accepted_versions=accepted_versions, release=release)
         models = ModelCalls(parts)
         self._behaviours: dict[Method, Callable[..., Any]] = {
             methods.SEND_MODEL_UPDATE: calls.send_model_update,
@@ -143,6 +145,9 @@ class Combiner:
     def _handlers(self) -> tuple[grpc.GenericRpcHandler[Any, Any], ...]:
         services: dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]] = {}
         for method, behaviour in self._behaviours.items():
+            if method.since_1_1 and self._release == "1.0":
+                # What has no handler is answered UNIMPLEMENTED.
+                continue
             services.setdefault(method.service, {})[method.name] = self._handler(method, behaviour)
         return tuple(grpc.method_handlers_generic_handler(name, calls) for name, calls in services.items())
 
@@ -177,6 +182,8 @@ class Combiner:
             the_call = await self._admit(method, context)
             try:
                 async for answer in behaviour(request, the_call):
+                    if the_call.fault is not None and the_call.fault.after and the_call.fault.code is not None:
+                        await context.abort(the_call.fault.code, the_call.fault.details)
                     yield answer
             except Exception as error:  # noqa: BLE001 - every error must become an answer
                 await self._fail(method, context, error)

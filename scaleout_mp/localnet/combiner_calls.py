@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
 
     from scaleout_mp.localnet.combiner import Call
-    from scaleout_mp.localnet.parts import NetworkParts
+    from scaleout_mp.localnet.parts import NetworkParts, Release
 
 
 def _seconds(timestamp: Timestamp) -> float:
@@ -53,14 +53,31 @@ def _keyed(key: str, payload: str) -> dict[str, Any]:
     return {key: value["value"] if value.keys() == {"value"} else value}
 
 
+def _as_1_0(report: pb.ClientReport) -> pb.ClientReport:
+    """Return a report as a server of that release reads it: without the fields that it does not know."""
+    known = pb.ClientReport(client_id=report.client_id)
+    for activity in report.reports:
+        known.reports.add(
+            node_id=activity.node_id,
+            correlation_id=activity.correlation_id,
+            status=activity.status,
+            done=activity.done,
+            response=activity.response,
+        )
+    return known
+
+
 class CombinerCalls:
     """Behaviour of the calls of CombinerClient.
 
     A ValueError is answered as INVALID_ARGUMENT, a PermissionError as PERMISSION_DENIED.
     """
 
-    def __init__(self, parts: NetworkParts, *, accepted_versions: Collection[str] | None) -> None:
+    def __init__(
+        self, parts: NetworkParts, *, accepted_versions: Collection[str] | None, release: Release = "1.1"
+    ) -> None:
         self._parts = parts
+        self._release = release
         self._accepted_versions = accepted_versions
 
     async def announce(self, request: pb.ClientAnnounceRequest, call: Call) -> pb.Response:
@@ -90,9 +107,14 @@ class CombinerCalls:
         client_id = report.client_id or call.client_id
         if not client_id:
             raise ValueError("client_id is missing")
+        if self._release == "1.0":
+            report = _as_1_0(report)
         takes_tasks = self._parts.registry.polls(client_id, name=call.name)
         held = tuple(activity.correlation_id for activity in report.reports)
-        self._parts.log.emit(PollReceived(client_id=client_id, held=held))
+        interval = report.poll_interval_ms if report.HasField("poll_interval_ms") else None
+        self._parts.log.emit(
+            PollReceived(client_id=client_id, held=held, interval_ms=interval, skips=report.skip_polling_tasks)
+        )
         deliver = takes_tasks and not report.skip_polling_tasks
         return pb.CombinerDirective(tasks=self._parts.book.poll(client_id, report.reports, deliver=deliver))
 
@@ -112,7 +134,8 @@ class CombinerCalls:
 
     async def send_heartbeat(self, request: pb.Heartbeat, call: Call) -> pb.Response:
         """Note a sign of life."""
-        self._parts.log.emit(HeartbeatReceived(client_id=request.client_id or call.client_id))
+        interval = request.heartbeat_interval_ms if request.HasField("heartbeat_interval_ms") else None
+        self._parts.log.emit(HeartbeatReceived(client_id=request.client_id or call.client_id, interval_ms=interval))
         return pb.Response(response="OK")
 
     async def send_status(self, request: pb.Status, _call: Call) -> pb.Response:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from scaleout_mp.localnet.certificates import ServerTls
     from scaleout_mp.localnet.events import Event
+    from scaleout_mp.localnet.parts import Release
     from scaleout_mp.localnet.results import SessionPlan, SessionResult
     from scaleout_mp.wire import edge_pb2 as pb
 
@@ -54,6 +55,7 @@ class LocalNetwork:
         tls: ServerTls | None = None,
         wall_clock: Callable[[], float] = time.time,
         accepted_versions: Collection[str] | None = None,
+        release: Release = "1.1",
         lost_after: float = DEFAULT_LOST_AFTER,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
@@ -65,6 +67,7 @@ class LocalNetwork:
         tls: certificates; without them neither API nor combiner speaks TLS.
         wall_clock: seconds since the epoch, by which tokens end.
         accepted_versions: client versions that may join; None accepts all.
+        release: what the combiner speaks; "1.0" knows no call and no field that came later.
         lost_after: seconds of silence after which a client counts as lost and its tasks as failed.
         on_event: called on the loop with every event.
         """
@@ -97,7 +100,9 @@ class LocalNetwork:
             accepted_versions=accepted_versions,
             tls=tls,
         )
-        self._combiner = Combiner(self._parts, faults=self.faults, accepted_versions=accepted_versions, tls=tls)
+        self._combiner = Combiner(
+            self._parts, faults=self.faults, accepted_versions=accepted_versions, tls=tls, release=release
+        )
         self._watch: asyncio.Task[None] | None = None
         self._session: Session | None = None
         self._session_task: asyncio.Task[SessionResult] | None = None

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from scaleout_mp.localnet.events import Event
     from scaleout_mp.localnet.fault_text import FaultOrder
+    from scaleout_mp.localnet.parts import Release
     from scaleout_mp.localnet.results import SessionPlan, SessionResult
     from scaleout_mp.model import ScaleoutModel
 
@@ -49,6 +50,7 @@ async def serve(
     faults: Iterable[FaultOrder] = (),
     restart: tuple[float, float] | None = None,
     accepted_versions: Collection[str] | None = None,
+    release: Release = "1.1",
     session: SessionPlan | None = None,
     seed: ScaleoutModel | None = None,
 ) -> SessionResult | None:
@@ -76,6 +78,7 @@ async def serve(
         token_lifetime=token_lifetime,
         tls=_certificates(Path(folder) / "tls", host, tls, on_line),
         accepted_versions=accepted_versions,
+        release=release,
         on_event=say,
     )
     for order in faults:

@@ -189,7 +189,7 @@ class Job(abc.ABC):
         dropped = self._resources.outbox.take_dropped(self.correlation_id)
         if not dropped:
             return ending
-        told = f"{dropped} records of task {self.request.type} were dropped: too many waited for the combiner"
+        told = f"{dropped} records of task {self.request.type} were dropped: the log says why"
         logger.warning("%s", told, extra={"action": "records_dropped", "task_id": self.correlation_id})
         self._say(told, pb.LogLevel.WARNING)
         if ending.status is TaskStatus.COMPLETED and ending.response:

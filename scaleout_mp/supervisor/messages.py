@@ -5,12 +5,13 @@ from __future__ import annotations
 import datetime as dt
 import enum
 import json
+import uuid
 from typing import TYPE_CHECKING, Any, Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from scaleout_mp.errors import ConfigError
-from scaleout_mp.task import AttributesRecord, MetricRecord, Record, TelemetryRecord
+from scaleout_mp.task import AttributesRecord, InferenceRecord, MetricRecord, Record, TelemetryRecord
 from scaleout_mp.transport.message import MessageKind
 from scaleout_mp.wire import edge_pb2 as pb
 
@@ -34,9 +35,12 @@ class TaskType(enum.StrEnum):
 
     MODEL_UPDATE = "Scaleout_ModelUpdate"
     VALIDATION = "Scaleout_Validation"
+    RESTART = "Scaleout_RestartClient"
 
 
 CUSTOM_PREFIX: Final = "Custom_"
+#: Of tasks that the client starts by itself.
+AUTONOMOUS_PREFIX: Final = "Autonomous_"
 
 #: The `type` of status messages, by task type; all others go under their own name.
 _STATUS_TYPES: Final = {TaskType.MODEL_UPDATE: "MODEL_UPDATE", TaskType.VALIDATION: "MODEL_VALIDATION"}
@@ -91,6 +95,16 @@ def record_message(
         values = [pb.TelemetryElem(key=key, value=value) for key, value in record.telemetry.items()]
         return MessageKind.TELEMETRY, pb.TelemetryMessage(
             client_id=client_id, telemetries=values, timestamp=moments.of(record.timestamp)
+        )
+    if isinstance(record, InferenceRecord):
+        return MessageKind.INFERENCE_RESULT, pb.InferenceResult(
+            inference_result_id=str(uuid.uuid4()),
+            node_id=client_id,
+            timestamp=moments.of(record.timestamp),
+            key=record.key,
+            payload=record.payload,
+            inference_id=record.inference_id,
+            model_id=record.model_id,
         )
     return None
 

@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from scaleout_mp.errors import CallError, TransportError
+from scaleout_mp.supervisor.messages import TaskType
 from scaleout_mp.supervisor.rhythm import keep_calling
 from scaleout_mp.wire import edge_pb2 as pb
 from scaleout_mp.wire import methods
@@ -45,6 +46,8 @@ class Poller:
         self._interval = interval
         self._on_request = on_request
         self._under_way: asyncio.Task[None] | None = None
+        #: Set it to have the server give out no new tasks.
+        self.skip_tasks = False
 
     async def run(self) -> None:
         """Poll every interval, for ever."""
@@ -74,10 +77,16 @@ class Poller:
 
     async def _poll(self) -> None:
         reports = self._book.reports(self._client_id)
-        report = pb.ClientReport(client_id=self._client_id, reports=reports)
+        report = pb.ClientReport(
+            client_id=self._client_id,
+            reports=reports,
+            poll_interval_ms=min(round(self._interval * 1e3), (1 << 32) - 1),
+            skip_polling_tasks=self.skip_tasks,
+        )
         directive = await self._calls.poll(report, within=max(_POLL_TIMEOUT, self._interval))
         self._book.accepted(reports)
-        for task in directive.tasks:
+        # A restart last: it is refused while there are other tasks, and those that came with it count.
+        for task in sorted(directive.tasks, key=lambda task: task.request.type == TaskType.RESTART):
             self._on_request(task.request, task.problem)
 
     async def report_ends(self) -> None:

@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from scaleout_mp.client import published
-from scaleout_mp.client.values import attribute_values, metric_values
+from scaleout_mp.client.values import attribute_values, inference_payload, metric_values
 from scaleout_mp.config import Limits, Resources, Sandbox, Settings, Surroundings
 from scaleout_mp.config.resources import parse_gpus, parse_memory_budget
 from scaleout_mp.config.sandbox import LevelName, as_sandbox
@@ -38,6 +38,7 @@ from scaleout_mp.supervisor.state import opened_state
 from scaleout_mp.task import (
     AbortOrigin,
     AttributesRecord,
+    InferenceRecord,
     MetricRecord,
     Record,
     RecordContext,
@@ -418,6 +419,20 @@ class GrpcEdgeClientRuntime:
         del priority
         telemetry = metric_values(published.telemetry_values(key, payload, telemetry), what="telemetry value")
         return self._send(TelemetryRecord(telemetry=telemetry, timestamp=time.time()))
+
+    def send_inference_result(
+        self,
+        key: str,
+        payload: Mapping[str, Any] | str,
+        inference_id: str,
+        model_id: str,
+        priority: str | None = None,
+    ) -> bool:
+        """Send a result of an inference; False, said in the log, when the client is not connected."""
+        del priority
+        text = payload if isinstance(payload, str) else inference_payload(payload)
+        ids = {"inference_id": inference_id, "model_id": model_id}
+        return self._send(InferenceRecord(key=key, payload=text, timestamp=time.time(), **ids))
 
     def _send(self, record: Record) -> bool:
         with self._lock:

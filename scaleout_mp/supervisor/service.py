@@ -197,6 +197,10 @@ class ClientService:
                 self._calls, client_id=self._plan.client_id, interval=self._plan.heartbeat_interval
             )
             work.append(asyncio.create_task(beat, name="heartbeat"))
+        backlog = vitals.send_backlog_reports(
+            self._calls, self._outbox, client_id=self._plan.client_id, interval=vitals.BACKLOG_INTERVAL
+        )
+        work.append(asyncio.create_task(backlog, name="backlog"))
         if self._plan.settings.send_telemetry:
             look = vitals.send_machine_telemetry(self._calls, self._outbox, client_id=self._plan.client_id)
             work.append(asyncio.create_task(look, name="telemetry"))

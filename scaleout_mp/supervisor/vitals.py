@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import psutil
 
+from scaleout_mp.errors import CallError
 from scaleout_mp.supervisor import messages
 from scaleout_mp.supervisor.rhythm import keep_calling
 from scaleout_mp.task import TelemetryRecord
@@ -18,16 +19,48 @@ if TYPE_CHECKING:
     from scaleout_mp.transport.outbox import Outbox
 
 #: Seconds between two looks at the machine.
-TELEMETRY_INTERVAL = 5.0
+TELEMETRY_INTERVAL: Final = 5.0
+#: Seconds between two reports of what waits for the server.
+BACKLOG_INTERVAL: Final = 30.0
 
 
 async def send_heartbeats(calls: CombinerCalls, *, client_id: str, interval: float) -> None:
     """Send a heartbeat every `interval` seconds, for ever."""
+    message = pb.Heartbeat(client_id=client_id, heartbeat_interval_ms=_milliseconds(interval))
 
     async def beat() -> None:
-        await calls.once(methods.SEND_HEARTBEAT, pb.Heartbeat(client_id=client_id))
+        await calls.once(methods.SEND_HEARTBEAT, message)
 
     await keep_calling("the heartbeat", interval, beat, calls)
+
+
+async def send_backlog_reports(calls: CombinerCalls, outbox: Outbox, *, client_id: str, interval: float) -> None:
+    """Say every `interval` seconds how much waits for the server; to one that takes such reports, for ever."""
+
+    async def report() -> None:
+        # How much waits while nothing arrives is told once something does.
+        if calls.link.down or not calls.speaks(methods.SEND_BACKLOG_REPORT):
+            return
+        counts, age = outbox.counts, outbox.oldest_age(time.time())
+        message = pb.BacklogReport(
+            client_id=client_id,
+            backlog_total=counts.pending,
+            backlog_dropped_total=counts.dropped,
+            backlog_oldest_age_ms=None if age is None else age * 1e3,
+        )
+        try:
+            await calls.once(methods.SEND_BACKLOG_REPORT, message)
+        except CallError as error:
+            if error.transient:
+                raise
+            # Told by UNIMPLEMENTED; what refuses it otherwise need not be asked again and again, either.
+            calls.lacks(methods.SEND_BACKLOG_REPORT)
+
+    await keep_calling("the backlog report", interval, report, calls)
+
+
+def _milliseconds(seconds: float) -> int:
+    return min(round(seconds * 1e3), (1 << 32) - 1)
 
 
 async def send_machine_telemetry(calls: CombinerCalls, outbox: Outbox, *, client_id: str) -> None:

@@ -95,10 +95,12 @@ class CombinerCalls:
         self.backoff = backoff or Backoff(first=0.5)
         self.link = link or LinkWatch()
         self.sleep = sleep
+        self.credentials = credentials
         self._channel = channel
-        self._credentials = credentials
         self._rand = rand
         self._callables: dict[str, Any] = {}
+        #: Calls that the server does not have, and after how many outages it said so: another one may come back.
+        self._lacking: dict[str, int] = {}
 
     def delay(self, failures: int) -> float:
         """Return the seconds to wait after that many failures in a row."""
@@ -114,17 +116,14 @@ class CombinerCalls:
         Raises CallError, AuthenticationError when the combiner will not have this client, and TransportError
         when no token can be had.
         """
-        metadata = await self._credentials.metadata()
+        metadata = await self.credentials.metadata()
         try:
             return await attempt(metadata)
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
-                raise _call_error(method, error, self._credentials.token_of(metadata)) from error
-        if not self._credentials.can_refresh:
-            held = "refused the token" if self._credentials.held else "wants a token, and none was given"
-            raise AuthenticationError(f"{method.name}: the combiner {held}")
-        await self._credentials.refresh(rejected=self._credentials.token_of(metadata))
-        metadata = await self._credentials.metadata()
+                raise self.error_of(method, error, metadata) from error
+        await self.renew_token(method, metadata)
+        metadata = await self.credentials.metadata()
         try:
             return await attempt(metadata)
         except grpc.aio.AioRpcError as error:
@@ -132,7 +131,33 @@ class CombinerCalls:
                 raise AuthenticationError(
                     f"{method.name}: the combiner refused a fresh token; ask the network's owner for another"
                 ) from error
-            raise _call_error(method, error, self._credentials.token_of(metadata)) from error
+            raise self.error_of(method, error, metadata) from error
+
+    async def renew_token(self, method: Method, metadata: tuple[tuple[str, str], ...]) -> None:
+        """Replace the token with which a call was refused.
+
+        Raises AuthenticationError when there is no other to be had, TransportError when the API does not answer.
+        """
+        if not self.credentials.can_refresh:
+            held = "refused the token" if self.credentials.held else "wants a token, and none was given"
+            raise AuthenticationError(f"{method.name}: the combiner {held}")
+        await self.credentials.refresh(rejected=self.credentials.token_of(metadata))
+
+    def error_of(
+        self, method: Method, error: grpc.aio.AioRpcError, metadata: tuple[tuple[str, str], ...] = ()
+    ) -> CallError:
+        """Return what went wrong with a call, without the token that it carried."""
+        return _call_error(method, error, self.credentials.token_of(metadata))
+
+    def speaks(self, method: Method) -> bool:
+        """Whether the server may have a call; False once it said that it has not, for as long as it is there."""
+        return self._lacking.get(method.name) != self.link.outages
+
+    def lacks(self, method: Method) -> None:
+        """Note that the server does not have a call."""
+        if self.speaks(method):
+            logger.info("the server has no %s: it speaks release 1.0", method.name, extra={"action": "call_lacking"})
+        self._lacking[method.name] = self.link.outages
 
     async def once(self, method: Method, request: Any, *, within: float = CALL_TIMEOUT) -> Any:
         """Make one unary call, within so many seconds and without retries; raises like `authorized`."""
@@ -229,10 +254,20 @@ class CombinerCalls:
             )
         return known
 
+    def single_record(self, method: Method) -> Any:
+        """Return a callable that sends one message as all of a method's stream of requests."""
+        key = f"{method.name} of one"
+        known = self._callables.get(key)
+        if known is None:
+            known = self._callables[key] = self._channel.unary_stream(
+                method.path, request_serializer=_wire_form, response_deserializer=method.response.FromString
+            )
+        return known
+
     async def aclose(self) -> None:
         """Close the channel; calls under way are cancelled."""
         await self._channel.close(None)
-        await self._credentials.aclose()
+        await self.credentials.aclose()
 
 
 def _wire_form(message: Any) -> bytes:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import heapq
+import itertools
 from typing import TYPE_CHECKING, Final
 
 from scaleout_mp.transport.message import MessageClass, Ticket
@@ -105,6 +106,11 @@ class Lane:
     def unsettled(self) -> list[Ticket]:
         """Return all messages in memory that are not settled."""
         return [*self._open(), *self._results, *self._records]
+
+    def oldest(self) -> Ticket | None:
+        """Return the message that was put first of those in memory."""
+        first = (*self._open(), *itertools.islice(self._results, 1), *itertools.islice(self._records, 1))
+        return min(first, key=lambda ticket: ticket.id, default=None)
 
     def append(self, ticket: Ticket) -> None:
         """Add a message at the end."""

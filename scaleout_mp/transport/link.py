@@ -20,6 +20,8 @@ class LinkWatch:
         self._clock = clock
         self._repeat_level = repeat_level
         self._down_since: float | None = None
+        #: How many outages there were so far: after one, the server may be another.
+        self.outages = 0
 
     @property
     def down(self) -> bool:
@@ -31,6 +33,7 @@ class LinkWatch:
         level = self._repeat_level if self.down else logging.WARNING
         if self._down_since is None:
             self._down_since = self._clock()
+            self.outages += 1
         logger.log(
             level,
             "%s failed: %s; trying again in %.1f s",

@@ -22,7 +22,7 @@ class MessageClass(enum.IntEnum):
 
 
 class MessageKind(enum.Enum):
-    """What a message is, and by which call it goes."""
+    """What a message is, and by which call it goes; `Sender` knows what goes by a stream where there is one."""
 
     METRIC = methods.SEND_MODEL_METRIC
     ATTRIBUTES = methods.SEND_ATTRIBUTE_MESSAGE
@@ -30,6 +30,8 @@ class MessageKind(enum.Enum):
     STATUS = methods.SEND_STATUS
     UPDATE = methods.SEND_MODEL_UPDATE
     VALIDATION = methods.SEND_MODEL_VALIDATION
+    #: Streamed, or not sent at all.
+    INFERENCE_RESULT = methods.STREAM_INFERENCE_RESULT
 
     @property
     def message_class(self) -> MessageClass:
@@ -41,6 +43,7 @@ _CLASSES = {
     MessageKind.METRIC: MessageClass.METRIC,
     MessageKind.ATTRIBUTES: MessageClass.METRIC,
     MessageKind.TELEMETRY: MessageClass.TELEMETRY,
+    MessageKind.INFERENCE_RESULT: MessageClass.METRIC,
 }
 
 
@@ -68,6 +71,13 @@ class Ticket:
         self._settled = False
         self._error: TransportError | None = None
         self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def made_at(self) -> float:
+        """Seconds since the epoch at which it was made, as it says itself."""
+        timestamp = self.kind.value.request.FromString(self.packed).timestamp  # type: ignore[attr-defined]  # all have it
+        seconds: float = timestamp.seconds + timestamp.nanos / 1e9
+        return seconds
 
     @property
     def settled(self) -> bool:

@@ -7,18 +7,18 @@ was under way when the client died is sent again, byte for byte.
 from __future__ import annotations
 
 import asyncio
-import collections
-import dataclasses
 import logging
 from typing import TYPE_CHECKING, Final
 
-from scaleout_mp.errors import AuthenticationError, TransportError
+from scaleout_mp.errors import AuthenticationError, CallError, TransportError
 from scaleout_mp.transport.backoff import Backoff
 from scaleout_mp.transport.calls import worth_retrying
 from scaleout_mp.transport.lane import HELD, PAGE, Lane, Pace
 from scaleout_mp.transport.message import MessageClass, MessageKind, Ticket
 from scaleout_mp.transport.message_table import MessageTable
+from scaleout_mp.transport.sending import Sender
 from scaleout_mp.transport.stock import BOUNDS, Bound, Stock
+from scaleout_mp.transport.tally import OutboxCounts, Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Mapping
@@ -36,18 +36,6 @@ UNDER_WAY: Final = 64
 RESULTS_BESIDE: Final = 8
 #: A call that fails by itself is soon made again; a link that is down gets one call of each task now and then.
 RETRIES: Final = Backoff(first=0.05, cap=5.0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OutboxCounts:
-    """How many messages went which way, since the start."""
-
-    pending: int
-    delivered: int
-    #: Records that found the box full, or the disk, or were given up.
-    dropped: int
-    #: Messages that the combiner refused for good.
-    refused: int
 
 
 class Outbox:
@@ -69,6 +57,7 @@ class Outbox:
         `on_refused` is called with a message that will never be taken, before that is forgotten.
         """
         self._calls = calls
+        self._sender = Sender(calls)
         self._table = None if journal is None else MessageTable(journal)
         self._bounds = bounds
         self._retries = retries
@@ -84,10 +73,9 @@ class Outbox:
         self._busy = 0
         self._stock = Stock()
         self._pace = pace or Pace()
-        self._dropped_by: collections.Counter[str] = collections.Counter()
+        self._tally = Tally()
         self._last_id = 0
-        self._pending = self._delivered = self._dropped = self._refused = 0
-        self._results_only = self._closed = False
+        self._results_only = self._closed = self._said_old = False
         if journal is not None:
             journal.on_lost = self._on_lost
 
@@ -100,23 +88,27 @@ class Outbox:
             lane.spilled += left.count
             lane.stock.add(left.rank, left.count, left.bytes)
             self._stock.add(left.rank, left.count, left.bytes)
-            self._pending += left.count
+            self._tally.pending += left.count
             self._last_id = max(self._last_id, left.last_id)
         for ticket in await self._table.left_results():
             self._lane(ticket.lane).append(ticket)
-            self._pending += 1
+            self._tally.pending += 1
             self._last_id = max(self._last_id, ticket.id)
         for lane in self._lanes.values():
             self._touch(lane)
         self._pump()
-        return self._pending
+        return self._tally.pending
 
     @property
     def counts(self) -> OutboxCounts:
         """How many messages went which way."""
-        return OutboxCounts(
-            pending=self._pending, delivered=self._delivered, dropped=self._dropped, refused=self._refused
-        )
+        return self._tally.counts
+
+    def oldest_age(self, now: float) -> float | None:
+        """Return how many seconds ago the oldest message that waits was made, by the wall clock; None without one."""
+        oldest = [lane.oldest() for lane in self._lanes.values()]
+        made = [ticket.made_at for ticket in oldest if ticket is not None]
+        return max(0.0, now - min(made)) if made else None
 
     @property
     def link_down(self) -> bool:
@@ -137,7 +129,7 @@ class Outbox:
             self._turn_away(ticket)
             return ticket
         self._stock.add(rank, 1, size)
-        self._pending += 1
+        self._tally.pending += 1
         lane = self._lane(task_id)
         lane.append(ticket)
         lane.stock.add(rank, 1, size)
@@ -156,7 +148,7 @@ class Outbox:
         return lane
 
     def _turn_away(self, ticket: Ticket) -> None:
-        if not self._dropped:
+        if not self._tally.dropped:
             logger.warning(
                 "%d records wait for the combiner; further ones are dropped until it answers",
                 self._stock.total,
@@ -166,13 +158,22 @@ class Outbox:
 
     def _drop(self, tickets: Iterable[Ticket], why: str) -> None:
         for ticket in tickets:
-            self._dropped += 1
-            self._dropped_by[ticket.lane] += 1
+            self._tally.drop(ticket.lane)
             ticket.settle(TransportError(why))
+
+    def _drop_unknown(self, ticket: Ticket) -> None:
+        """Count a record for which the server is too old."""
+        if not self._said_old:
+            self._said_old = True
+            logger.warning(
+                "the server takes no results of inference: it is older than release 1.1; they are dropped",
+                extra={"action": "records_unknown"},
+            )
+        self._tally.drop(ticket.lane)
 
     def take_dropped(self, task_id: str) -> int:
         """Return how many records of a task were dropped, and forget it."""
-        return self._dropped_by.pop(task_id, 0)
+        return self._tally.take_dropped(task_id)
 
     # Messages go
 
@@ -202,9 +203,8 @@ class Outbox:
         self._stock.add_all(left)
         lane.stock = left
         lane.spilled -= count
-        self._pending -= count
-        self._dropped += count
-        self._dropped_by[lane.name] += count
+        self._tally.pending -= count
+        self._tally.drop(lane.name, count)
 
     def _pump(self) -> None:
         """Start another sender when there is something for it to send."""
@@ -243,7 +243,7 @@ class Outbox:
         error: TransportError | None = None
         begun = asyncio.get_running_loop().time()
         try:
-            await self._calls.once(ticket.kind.value, ticket.packed)
+            await self._sender.send(ticket)
             self._pace.measured(asyncio.get_running_loop().time() - begun)
         except TransportError as failure:
             # A refused token may be accepted again; the messages are worth the wait.
@@ -279,9 +279,11 @@ class Outbox:
 
     def _settle(self, lane: Lane, ticket: Ticket, error: TransportError | None) -> None:
         if error is None:
-            self._delivered += 1
+            self._tally.delivered += 1
+        elif isinstance(error, CallError) and error.code == "UNIMPLEMENTED" and ticket.rank is not MessageClass.RESULT:
+            self._drop_unknown(ticket)
         else:
-            self._refused += 1
+            self._tally.refused += 1
             logger.error("the combiner refused a message for good: %s", error, extra={"action": "message_refused"})
             if self._on_refused is not None:
                 self._on_refused(ticket, error)
@@ -291,7 +293,7 @@ class Outbox:
             self._table.remove(ticket)
 
     def _discount(self, lane: Lane, ticket: Ticket) -> None:
-        self._pending -= 1
+        self._tally.pending -= 1
         lane.stock.add(ticket.rank, -1, -len(ticket.packed))
         self._stock.add(ticket.rank, -1, -len(ticket.packed))
 
@@ -337,7 +339,7 @@ class Outbox:
 
     def give_up_records(self, task_id: str | None = None) -> int:
         """Drop what a task, or any, has logged and still waits; return how much. Results and statuses stay."""
-        before = self._dropped
+        before = self._tally.dropped
         for lane in [lane for name, lane in self._lanes.items() if task_id is None or name == task_id]:
             spilled = lane.spilled
             taken = lane.remove_records()
@@ -351,7 +353,7 @@ class Outbox:
             self._touch(lane)
             self._retire(lane)
         self._pump()
-        count = self._dropped - before
+        count = self._tally.dropped - before
         if count:
             logger.warning("%d records were given up", count, extra={"action": "records_given_up", "task_id": task_id})
         return count
@@ -391,12 +393,15 @@ class Outbox:
             sender.cancel()
         if senders:
             await asyncio.wait(senders)
-        if self._pending and self._table is None:
-            logger.warning("%d messages did not reach the combiner", self._pending, extra={"action": "outbox_lost"})
-        elif self._pending and self._table is not None:
+        await self._sender.aclose()
+        if self._tally.pending and self._table is None:
+            logger.warning(
+                "%d messages did not reach the combiner", self._tally.pending, extra={"action": "outbox_lost"}
+            )
+        elif self._tally.pending and self._table is not None:
             logger.warning(
                 "%d messages wait for the combiner in %s; the next start sends them",
-                self._pending,
+                self._tally.pending,
                 self._table.path,
                 extra={"action": "outbox_kept"},
             )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from scaleout_mp.errors import ChannelError, StoppedException
 from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.frames import Kind
-from scaleout_mp.ipc.messages import MAX_KEYS, MAX_NAME, MAX_STEP, MAX_VALUE
+from scaleout_mp.ipc.messages import MAX_KEYS, MAX_NAME, MAX_PAYLOAD, MAX_STEP, MAX_VALUE
 from scaleout_mp.task import RecordContext, set_current_task
 
 if TYPE_CHECKING:
@@ -101,6 +101,13 @@ class ChannelContext:
     def log_telemetry(self, telemetry: Mapping[str, float]) -> None:
         """Send telemetry; raises TypeError that names a key whose value is no number."""
         self._channel.send(frames.encode(Kind.TELEMETRY, _numbers(telemetry), time.time()))
+
+    def log_inference_result(self, key: str, payload: str, *, inference_id: str, model_id: str) -> None:
+        """Send a result of an inference; `payload` is a JSON object. Raises ValueError when something is too long."""
+        if len(payload) > MAX_PAYLOAD:
+            raise ValueError(f"a result of inference is longer than {MAX_PAYLOAD} characters")
+        ids = [_name(key), _name(inference_id), _name(model_id)]
+        self._channel.send(frames.encode(Kind.INFERENCE, *ids, payload, time.time()))
 
     def log_line(self, record: logging.LogRecord, message: str) -> None:
         """Send a record of the logging module."""

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from scaleout_mp import LoggingContext, ScaleoutModel, StoppedException
+from scaleout_mp import EdgeClient, InferenceContext, LoggingContext, ScaleoutModel, StoppedException, current_task
 
 
 def result(model, examples=7, **extra):
@@ -184,3 +184,14 @@ class Stateful:
     def look(self, parameters):
         self.client.state["looked"] = self.client.state.get("looked", 0) + 1
         return dict(self.client.state)
+
+
+def log_all(parameters):
+    """Log one record of each kind but metrics; of results of inference two."""
+    client = EdgeClient()
+    client.log_telemetry({"heat": 40, "load": 0.5})
+    client.log_attributes({"site": "lund"})
+    with client.inference_context(InferenceContext(inference_id="i-1", model_id="m-1")):
+        client.log_inference_result("detection", {"box": [1, 2], "score": np.float32(0.5)})
+    current_task().log_inference_result("label", '{"value": "cat"}', inference_id="i-2", model_id="m-1")
+    return parameters

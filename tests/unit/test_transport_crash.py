@@ -48,6 +48,9 @@ class Calls:
         self.link = LinkWatch()
         self.server = server
 
+    def speaks(self, method):
+        return False
+
     async def once(self, method, packed):
         await asyncio.sleep(0)
         self.server.call(packed)

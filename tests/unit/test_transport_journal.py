@@ -31,6 +31,9 @@ class Calls:
         self.arrived = []
         self.messages = []
 
+    def speaks(self, method):
+        return False
+
     async def once(self, method, packed):
         self.messages.append(packed)
         message = method.request.FromString(packed)

@@ -18,6 +18,9 @@ class Dead:
     def __init__(self):
         self.link = LinkWatch()
 
+    def speaks(self, method):
+        return False
+
     async def once(self, method, packed):
         await asyncio.Event().wait()
 

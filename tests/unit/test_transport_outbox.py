@@ -40,6 +40,9 @@ class FakeCalls(CombinerCalls):
         self.waits.append(seconds)
         await asyncio.sleep(0)
 
+    def speaks(self, method):
+        return False
+
     async def once(self, method, request, *, within=0.0):
         # What goes out first arrives first, as on one connection; answers come when the gate opens.
         error = self.failures.pop(0) if self.failures else None

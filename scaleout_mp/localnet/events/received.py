@@ -16,6 +16,9 @@ class HeartbeatReceived(ClientEvent):
 
     quiet: ClassVar[bool] = True
 
+    #: The client's own interval; None from one of release 1.0.
+    interval_ms: int | None = None
+
     def __str__(self) -> str:
         return f"client {self.client_id}: heartbeat"
 
@@ -28,6 +31,10 @@ class PollReceived(ClientEvent):
 
     #: Correlation ids of the tasks that the client holds.
     held: tuple[str, ...] = ()
+    #: The client's own interval; None from one of release 1.0.
+    interval_ms: int | None = None
+    #: It wants no new tasks.
+    skips: bool = False
 
     def __str__(self) -> str:
         return f"client {self.client_id}: poll, {len(self.held)} tasks held"
