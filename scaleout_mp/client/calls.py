@@ -80,6 +80,19 @@ class CustomCall:
 
 
 @dataclasses.dataclass(frozen=True)
+class AutonomousCall:
+    """Call what a client's program started by itself: `(request) -> JSON-serialisable value`."""
+
+    callback: Callable[[], Any]
+
+    def __call__(self, request: RequestInfo) -> Any:
+        """Return what the callback returned, checked to be JSON. Raises TypeError in one line."""
+        with entered_task(LoggingContext(request=request)):
+            returned = self.callback()
+        return _checked_json(returned, f"the callback {callback_name(self.callback)} of {request.type}", "result")
+
+
+@dataclasses.dataclass(frozen=True)
 class CallbackSet:
     """All callbacks of a client as one object: those that are methods of one object share it in the worker."""
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from scaleout_mp.client.options import ConnectToApiResult, GrpcConnectionOptions
-    from scaleout_mp.client.runtime import EdgeClientRuntime
+    from scaleout_mp.client.runtime import AutonomousTask, EdgeClientRuntime
     from scaleout_mp.model import ScaleoutModel
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 C = TypeVar("C")
 
 CUSTOM_PREFIX = "Custom_"
+AUTONOMOUS_PREFIX = "Autonomous_"
 
 #: What stays behind when a client is pickled: it belongs to the process that connects.
 _NOT_CARRIED = frozenset(
@@ -202,6 +203,24 @@ class EdgeClient(RecordLogging):
     def run(self, with_heartbeat: bool = False, with_polling: bool = True) -> None:
         """Serve tasks until SIGTERM, Ctrl-C or a stop of the runtime."""
         self._runtime.run(with_heartbeat=with_heartbeat, with_polling=with_polling)
+
+    def start_autonomous_task(
+        self, callback: Callable[[], Any], command_type: str, parameters: Mapping[str, Any] | None = None
+    ) -> AutonomousTask:
+        """Start a task that no server ordered; the server sees it as "Autonomous_<command_type>", and can stop it.
+
+        `callback` runs in a process of its own, as all do; what it returns is the report's response. `parameters` are
+        for the server to see. Returns at once, with what tells how the task does; before `run`, the task waits for it.
+        Raises CallbackNotSendable, TypeError and ValueError for parameters that JSON cannot carry, and
+        NotConnectedError before `init_grpchandler` and in a task's process.
+        """
+        start = getattr(self._runtime, "start_autonomous_task", None)
+        if start is None:
+            raise NotConnectedError("this client's runtime starts no tasks by itself")
+        if not command_type.startswith(AUTONOMOUS_PREFIX):
+            command_type = AUTONOMOUS_PREFIX + command_type
+        started: AutonomousTask = start(_checked(callback, "the callback"), command_type, parameters)
+        return started
 
     def post_signature(self, signature: Mapping[str, Any]) -> None:
         """Have the network keep what `ScaleoutModel.sign` returned; blocks.

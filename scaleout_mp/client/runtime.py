@@ -11,6 +11,34 @@ if TYPE_CHECKING:
     from scaleout_mp.model import ScaleoutModel
 
 
+class AutonomousTask(Protocol):
+    """What `EdgeClient.start_autonomous_task` returns. Every method may be called from any thread."""
+
+    #: The id under which the server knows the task.
+    correlation_id: str
+    #: With "Autonomous_" before it.
+    command_type: str
+
+    @property
+    def status(self) -> str:
+        """PENDING, RUNNING, and how it ended: COMPLETED, FAILED or INTERRUPTED."""
+        ...
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended."""
+        ...
+
+    @property
+    def response(self) -> Any:
+        """What the callback returned, or {"error": ...} or {"msg": ...}; None before the end."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end, at most `timeout` seconds; return whether it has come."""
+        ...
+
+
 class EdgeClientRuntime(Protocol):
     """The contract behind `EdgeClient(runtime=...)`; no base class is needed.
 

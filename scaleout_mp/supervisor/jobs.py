@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from scaleout_mp.config import Settings
-    from scaleout_mp.executor import Execution, ExecutorCore
+    from scaleout_mp.executor import Execution, ExecutorCore, PreparedCallable
     from scaleout_mp.executor.scheduling import Place
     from scaleout_mp.model import ScaleoutModel
     from scaleout_mp.supervisor.callbacks import Callbacks
@@ -304,14 +304,23 @@ class Job(abc.ABC):
         self.phase = Phase.RUNNING
         callbacks = self._resources.callbacks
         call = await self._phase(callbacks.prepared(self.request.type))
-        self._require_not_aborted()
-        self.execution = self._resources.core.submit(
+        return await self._run(
             call,
             *callbacks.leading(self.request.type),
             *args,
             self._request_info(),
-            task_id=self.correlation_id,
             name=callbacks.name(self.request.type),
+        )
+
+    async def _run(self, call: PreparedCallable, *args: Any, name: str) -> Any:
+        """Run `call` in a process that may die and return its value."""
+        self._require_not_aborted()
+        self.phase = Phase.RUNNING
+        self.execution = self._resources.core.submit(
+            call,
+            *args,
+            task_id=self.correlation_id,
+            name=name,
             worker=None if self._place is None else self._place.worker,
             state=str(self.request.type),
             place=self._place,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import logging
 import os
@@ -12,7 +13,8 @@ import time
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from scaleout_mp.client import published
-from scaleout_mp.client.values import attribute_values, inference_payload, metric_values
+from scaleout_mp.client.calls import AutonomousCall
+from scaleout_mp.client.values import attribute_values, callback_name, inference_payload, metric_values
 from scaleout_mp.config import Limits, Resources, Sandbox, Settings, Surroundings
 from scaleout_mp.config.resources import parse_gpus, parse_memory_budget
 from scaleout_mp.config.sandbox import LevelName, as_sandbox
@@ -24,11 +26,13 @@ from scaleout_mp.errors import (
     ScaleoutError,
     StateError,
 )
+from scaleout_mp.executor import ExecutorCore
 from scaleout_mp.executor.core import default_concurrency, parse_state_bytes
 from scaleout_mp.executor.scheduling import require_room
 from scaleout_mp.executor.states import MAX_STATE
 from scaleout_mp.executor.worker_handle import Isolation, check_isolation
 from scaleout_mp.supervisor import connecting, messages
+from scaleout_mp.supervisor.autonomous import AutonomousJob, AutonomousTask, OwnTaskOrder
 from scaleout_mp.supervisor.blocking import run_blocking
 from scaleout_mp.supervisor.farewell import LAST_WORDS
 from scaleout_mp.supervisor.given_token import GivenToken
@@ -61,6 +65,7 @@ if TYPE_CHECKING:
 
     from scaleout_mp.client import ConnectToApiResult, EdgeClient, GrpcConnectionOptions
     from scaleout_mp.model import ScaleoutModel
+    from scaleout_mp.supervisor.jobs import Job
     from scaleout_mp.supervisor.package_callbacks import PackageSource
     from scaleout_mp.supervisor.state import KeptId, StateFolder
     from scaleout_mp.transport.message import MessageKind
@@ -162,6 +167,7 @@ class GrpcEdgeClientRuntime:
         self._stop_asked = False
         self._at_work: tuple[asyncio.AbstractEventLoop, ClientService] | None = None
         self._early: list[tuple[MessageKind, Message]] = []
+        self._own_early: list[OwnTaskOrder] = []
 
     def set_client(self, client: EdgeClient) -> None:
         """Serve this client. Called by EdgeClient when it gets this runtime."""
@@ -344,10 +350,11 @@ class GrpcEdgeClientRuntime:
         with self._lock:
             self._at_work = asyncio.get_running_loop(), service
             early, self._early = self._early, []
+            own_early, self._own_early = self._own_early, []
             if self._stop_asked:
                 service.stop()
         try:
-            await service.run(early)
+            await service.run(early, own_early)
         finally:
             with self._lock:
                 self._at_work = None
@@ -386,6 +393,28 @@ class GrpcEdgeClientRuntime:
             connected=False,
             pending_messages=len(self._early),
         )
+
+    # Tasks of the client's own
+
+    def start_autonomous_task(
+        self, callback: Callable[[], Any], command_type: str, parameters: Mapping[str, Any] | None
+    ) -> AutonomousTask:
+        """Start a task by oneself; see EdgeClient. Raises CallbackNotSendable, NotConnectedError, TypeError."""
+        call = ExecutorCore.prepare(AutonomousCall(callback))
+        make = functools.partial(AutonomousJob, call=call, name=callback_name(callback))
+        return self.start_own_task(AutonomousTask(command_type, parameters), make)
+
+    def start_own_task(self, task: AutonomousTask, make: Callable[..., Job]) -> AutonomousTask:
+        """Have the job that `make(request, resources, on_start=...)` returns done as a task of the client's own.
+
+        It begins once the client runs. Raises NotConnectedError before `init_grpchandler`.
+        """
+        self._require_options()
+        order = OwnTaskOrder(task=task, make=make)
+        if not self._on_loop(lambda service: service.start_own(order)):
+            with self._lock:
+                self._own_early.append(order)
+        return task
 
     # What the program logs outside any task
 

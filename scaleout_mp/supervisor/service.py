@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import json
 import logging
 import signal
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from scaleout_mp.executor import ExecutorCore
-from scaleout_mp.supervisor import vitals
+from scaleout_mp.supervisor import messages, vitals
 from scaleout_mp.supervisor.callback_sources import callbacks_for
 from scaleout_mp.supervisor.farewell import ABORT_MARGIN, Farewell, cancelled
 from scaleout_mp.supervisor.job_kinds import make_job
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from scaleout_mp.config import Limits, Resources, Sandbox, Settings, Surroundings
     from scaleout_mp.errors import TransportError
     from scaleout_mp.executor.worker_handle import Isolation
+    from scaleout_mp.supervisor.autonomous import AutonomousTask, OwnTaskOrder
     from scaleout_mp.supervisor.package_callbacks import PackageSource
     from scaleout_mp.supervisor.state import StateFolder
     from scaleout_mp.transport.calls import CombinerCalls
@@ -126,7 +128,7 @@ class ClientService:
             tasks=self._tasks,
             state=state,
         )
-        self._announced = False
+        self._announced = self._closed = False
         self._manager = ServiceManager()
         self._poller = Poller(
             calls,
@@ -137,20 +139,23 @@ class ClientService:
         )
         self._signals = SignalReader()
         self._jobs: dict[str, tuple[Job, asyncio.Task[None]]] = {}
+        #: Tasks of the client's own that have not ended.
+        self._own: dict[str, AutonomousTask] = {}
         self._end: asyncio.Future[None] = self._loop.create_future()
         self._end_now: asyncio.Future[None] = self._loop.create_future()
 
     # The run
 
-    async def run(self, early: list[tuple[MessageKind, Message]]) -> None:
-        """Serve tasks until told to end; `early` is what the program logged before.
+    async def run(self, early: list[tuple[MessageKind, Message]], own: list[OwnTaskOrder]) -> None:
+        """Serve tasks until told to end; `early` is what the program logged before, `own` the tasks that it started.
 
         Raises ConfigError, CallbackNotSendable and StateError, before anything is connected, when no task could
         be served.
         """
         with signals_to(self.on_signal):
             try:
-                self._resources.callbacks.require_any()
+                if not own:
+                    self._resources.callbacks.require_any()
                 self._resources.callbacks.prepare_all()
                 if self._journal is not None:
                     await self._journal.open()
@@ -159,6 +164,8 @@ class ClientService:
                 await self._resources.callbacks.open()
                 for kind, message in early:
                     self._outbox.put(kind, message)
+                for order in own:
+                    self.start_own(order)
                 await self._serve()
                 await self._unless_now(self._leave())
             finally:
@@ -170,9 +177,10 @@ class ClientService:
         messages = await self._outbox.load()
         open_tasks = [task for task in known if task.stage not in {TaskStage.ENDED, TaskStage.TOLD}]
         for task in known:
-            if task.stage in {TaskStage.ENDED, TaskStage.TOLD}:
-                told = task.stage is TaskStage.TOLD
-                self._book.restore(task.correlation_id, TaskStatus(task.status), task.response, told=told)
+            if task.stage is TaskStage.ENDED:
+                self._book.restore(task.request, TaskStatus(task.status), task.response)
+            elif task.stage is TaskStage.TOLD:
+                self._book.remember(task.correlation_id, TaskStatus(task.status), task.response)
         if self._state is not None:
             self._state.sweep([task.result["update_id"] for task in open_tasks if task.stage is TaskStage.RESULT])
         if messages or open_tasks or self._book.unreported:
@@ -184,7 +192,7 @@ class ClientService:
                 extra={"action": "taken_over"},
             )
         for task in open_tasks:
-            self._book.receive(task.request)
+            self._book.start(task.request)
             self._begin(
                 recovered_job(task, self._resources, on_start=functools.partial(self._book.run, task.correlation_id))
             )
@@ -256,6 +264,29 @@ class ClientService:
         start = functools.partial(self._book.run, correlation_id)
         self._begin(make_job(request, self._resources, on_start=start, problem=problem))
 
+    def start_own(self, order: OwnTaskOrder) -> None:
+        """Start a task of the client's own."""
+        task = order.task
+        if self._closed:
+            task.end(TaskStatus.INTERRUPTED, json.dumps(messages.interruption_response(ENDING)))
+            return
+        self._own[task.correlation_id] = task
+        request = task.request()
+        self._book.start(request)
+        self._tasks.received(request)
+
+        def on_start() -> None:
+            self._book.run(task.correlation_id)
+            task.run()
+
+        self._begin(order.make(request, self._resources, on_start=on_start))
+
+    def _finish(self, correlation_id: str, status: TaskStatus, response: str) -> None:
+        self._book.finish(correlation_id, status, response)
+        own = self._own.pop(correlation_id, None)
+        if own is not None:
+            own.end(status, response)
+
     def _begin(self, job: Job) -> None:
         task = self._loop.create_task(self._see_through(job), name=job.correlation_id)
         self._jobs[job.correlation_id] = job, task
@@ -266,13 +297,13 @@ class ClientService:
         try:
             ending = await job.run()
             await self._tasks.ended(job.correlation_id, ending.status, ending.response)
-            self._book.finish(job.correlation_id, ending.status, ending.response)
+            self._finish(job.correlation_id, ending.status, ending.response)
         except asyncio.CancelledError:
             # The client ends before all that the task sent has arrived; its end may still be reported.
             ended = job.ending_if_cut_off(ENDING)
             if ended is not None:
                 self._tasks.ends(job.correlation_id, ended.status, ended.response)
-                self._book.finish(job.correlation_id, ended.status, ended.response)
+                self._finish(job.correlation_id, ended.status, ended.response)
             raise
         finally:
             del self._jobs[job.correlation_id]
@@ -368,6 +399,7 @@ class ClientService:
             await cancelled([task])
 
     async def _clean_up(self) -> None:
+        self._closed = True
         self._abort_all(ENDING)
         await self._poller.aclose()
         await cancelled([task for _, task in self._jobs.values()])
@@ -377,3 +409,6 @@ class ClientService:
         await self._calls.aclose()
         if self._journal is not None:
             await self._journal.aclose()
+        for own in self._own.values():
+            # Cut off from what the server has to say of it: whoever waits must not wait for ever.
+            own.end(TaskStatus.INTERRUPTED, json.dumps(messages.interruption_response(ENDING)))

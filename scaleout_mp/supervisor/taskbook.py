@@ -10,8 +10,9 @@ import dataclasses
 import enum
 import logging
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
+from scaleout_mp.supervisor.messages import AUTONOMOUS_PREFIX
 from scaleout_mp.wire import edge_pb2 as pb
 
 if TYPE_CHECKING:
@@ -91,6 +92,13 @@ class OwnTask:
     #: In so many reports that the server accepted.
     told: int = 0
 
+    @classmethod
+    def of(cls, request: pb.TaskRequest) -> Self | None:
+        """Return it for a task of the client's own; None for one of the server's."""
+        if not request.type.startswith(AUTONOMOUS_PREFIX):
+            return None
+        return cls(command_type=request.type, parameters=request.data)
+
 
 class TaskBook:
     """Every task from its delivery until its last report was accepted."""
@@ -124,10 +132,15 @@ class TaskBook:
         task = self._held.get(correlation_id)
         return None if task is None else task.status
 
-    def restore(self, correlation_id: str, status: TaskStatus, response: str, *, told: bool) -> None:
-        """Take over the end of a task of an earlier run; `told`: the server has heard of it."""
-        ended = HeldTask(correlation_id, status=status, response=response, done=True)
-        (self._finished if told else self._held)[correlation_id] = ended
+    def restore(self, request: pb.TaskRequest, status: TaskStatus, response: str) -> None:
+        """Take over the end of a task of an earlier run, of which the server has not heard."""
+        correlation_id = request.correlation_id
+        own = OwnTask.of(request)
+        self._held[correlation_id] = HeldTask(correlation_id, status=status, response=response, done=True, own=own)
+
+    def remember(self, correlation_id: str, status: TaskStatus, response: str) -> None:
+        """Take over the end of a task of an earlier run, of which the server has heard."""
+        self._finished[correlation_id] = HeldTask(correlation_id, status=status, response=response, done=True)
 
     def receive(self, request: pb.TaskRequest) -> Verdict:
         """Take a request from a directive and say what it asks for."""
@@ -151,9 +164,8 @@ class TaskBook:
         return Verdict.START
 
     def start(self, request: pb.TaskRequest) -> None:
-        """Take a task of the client's own; reports introduce it until the server has named it."""
-        own = OwnTask(command_type=request.type, parameters=request.data)
-        self._held[request.correlation_id] = HeldTask(request.correlation_id, own=own)
+        """Take a task that no directive brings; one of the client's own is introduced until the server has named it."""
+        self._held[request.correlation_id] = HeldTask(request.correlation_id, own=OwnTask.of(request))
 
     def run(self, correlation_id: str) -> None:
         """Note that a task runs."""

@@ -195,3 +195,22 @@ def log_all(parameters):
         client.log_inference_result("detection", {"box": [1, 2], "score": np.float32(0.5)})
     current_task().log_inference_result("label", '{"value": "cat"}', inference_id="i-2", model_id="m-1")
     return parameters
+
+
+def look_around():
+    """What a program starts by itself: log, and return a figure of numpy's."""
+    EdgeClient().log_metric({"seen": 1})
+    return {"seen": np.int64(1), "pid": os.getpid()}
+
+
+def wait_for_abort():
+    """Log once, then wait until somebody wants this to end."""
+    client = EdgeClient()
+    client.log_metric({"waits": 1})
+    while True:
+        client.check_task_abort()
+        time.sleep(0.01)
+
+
+def raise_it():
+    raise ValueError("nothing to see")

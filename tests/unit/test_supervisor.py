@@ -368,6 +368,53 @@ class TestRuntime:
             GrpcEdgeClientRuntime(settings=Settings()).send_attributes({})
 
 
+class TestOwnTasks:
+    OWN = pb.TaskRequest(correlation_id="o", type="Autonomous_look", data='{"a": 1}')
+
+    def introduced(self, book):
+        (report,) = book.reports("me")
+        return report.HasField("command_type") and (report.command_type, report.parameters)
+
+    def test_it_is_introduced_until_the_server_names_it(self):
+        book = TaskBook()
+        book.start(self.OWN)
+        assert self.introduced(book) == ("Autonomous_look", '{"a": 1}')
+        book.accepted(book.reports("me"))
+        assert self.introduced(book)
+        assert book.receive(request("o")) is Verdict.NOTHING
+        assert not self.introduced(book)
+        assert book.receive(request("o", "INTERRUPTED")) is Verdict.ABORT
+
+    def test_it_is_introduced_ten_times_at_most_and_reports_that_got_lost_do_not_count(self, caplog):
+        book = TaskBook()
+        book.start(self.OWN)
+        for _ in range(30):
+            book.reports("me")
+        for _ in range(10):
+            assert self.introduced(book)
+            book.accepted(book.reports("me"))
+        assert not self.introduced(book)
+        assert caplog.text.count("does not take notice of task o") == 1
+
+    def test_its_end_is_introduced_as_well_also_by_the_next_start(self):
+        book = TaskBook()
+        book.restore(self.OWN, TaskStatus.COMPLETED, "{}")
+        assert self.introduced(book) == ("Autonomous_look", '{"a": 1}')
+        book.accepted(book.reports("me"))
+        assert book.reports("me") == []
+        book.start(request("given", type="Scaleout_Validation"))
+        assert not self.introduced(book)
+
+    def test_reports_say_when_it_began_and_ended(self):
+        book = TaskBook(clock=iter([10.0, 12.5]).__next__)
+        book.receive(request())
+        assert not book.reports("me")[0].HasField("started_at")
+        book.run("c")
+        book.finish("c", TaskStatus.COMPLETED, "")
+        (report,) = book.reports("me")
+        assert (report.started_at.seconds, report.completed_at.ToNanoseconds()) == (10, 12_500_000_000)
+
+
 class TestBlocking:
     def test_it_runs_where_no_loop_runs_and_where_one_does(self):
         async def answer():
