@@ -115,6 +115,11 @@ class Execution:
         return self._plan.worker
 
     @property
+    def worker_stays(self) -> bool:
+        """Whether a worker's process has outlived the task."""
+        return False
+
+    @property
     def name(self) -> str:
         """What runs, for people."""
         return self._plan.name

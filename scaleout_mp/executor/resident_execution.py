@@ -59,6 +59,11 @@ class ResidentExecution(Execution):
         self._cpu_before = 0.0
         self._stays = False
 
+    @property
+    def worker_stays(self) -> bool:
+        """Whether the process goes on to serve other tasks, once this one is over."""
+        return self._stays
+
     async def run(self) -> None:
         """Live the task's life; the process is back in the pool, or gone, when the outcome is there."""
         await super().run()
@@ -111,6 +116,7 @@ class ResidentExecution(Execution):
             name=f"{set_up.call.name} of worker {self._spec.name}",
             call=set_up.call,
             arguments=set_up.arguments.copy(),
+            limits=set_up.limits or self._plan.limits,
             worker=dataclasses.replace(self._spec, set_up=None),
             state=None,
             on_state=None,

@@ -42,6 +42,8 @@ class SetUp:
 
     call: PreparedCallable
     arguments: PackedArguments
+    #: What it may use; None: as much as the task that it is made for. The limits of the process must be the same.
+    limits: Limits | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,13 +194,24 @@ class ResidentPool:
         for resident in self._of(name):
             self._end(resident, "it is not needed any more")
 
-    def retire_oldest(self, kinds: set[str]) -> bool:
-        """End the process that has waited longest, has such things and may be ended for being idle; False: none."""
-        for resident in self._idle:
-            if resident.spec.idle_seconds is not None and resident.holding.demand.kinds & kinds:
-                self._end(resident, "its place is needed")
-                return True
-        return False
+    def retire_oldest(self, kinds: set[str], *, kept_too: bool) -> bool:
+        """End the process that has waited longest and has such things; False: none.
+
+        Those that are not to be ended for being idle come last, and with `kept_too` only.
+        """
+        holders = [resident for resident in self._idle if resident.holding.demand.kinds & kinds]
+        found = next((resident for resident in holders if resident.spec.idle_seconds is not None), None)
+        if found is None and kept_too and holders:
+            found = holders[0]
+            logger.warning(
+                "worker %s loses what it keeps: a task needs its %s, and nothing else will give it back",
+                found.spec.name,
+                " and ".join(sorted(kinds)),
+                extra={"action": "kept_worker_ends", "worker": found.spec.name},
+            )
+        if found is not None:
+            self._end(found, "its place is needed")
+        return found is not None
 
     @property
     def coming(self) -> Demand:

@@ -132,8 +132,11 @@ class IdleWorkers(Protocol):
         """Put one into the pool that has done its task, or was not needed."""
         ...
 
-    def retire_oldest(self, kinds: set[str]) -> bool:
-        """End the one that has waited longest, has such things and may be ended; False when there is none."""
+    def retire_oldest(self, kinds: set[str], *, kept_too: bool) -> bool:
+        """End the one that has waited longest and has such things; False when there is none.
+
+        `kept_too`: also one that is not to be ended for being idle, when there is no other.
+        """
         ...
 
     @property
@@ -170,6 +173,7 @@ class Line:
         self._numbers = itertools.count()
         #: In the order of arrival.
         self._waiting: list[Place] = []
+        self._working: set[Place] = set()
         #: For each worker with a task at work or in line: how many those are, and who waits for one of them to leave.
         self._seats: dict[str, int] = {}
         self._behind: dict[str, collections.deque[Place]] = {}
@@ -196,6 +200,7 @@ class Line:
         name = None if place.worker is None else place.worker.name
         if place.at_work:
             place.at_work = False
+            self._working.discard(place)
             self._ledger.free_slots += 1
             resident, place.resident = place.resident, None
             holding, place.holding = place.holding, None
@@ -236,10 +241,14 @@ class Line:
             if self._admit(place, taken):
                 del self._waiting[index]
                 place.at_work = True
+                self._working.add(place)
                 if place.turn is not None and not place.turn.done():
                     place.turn.set_result(None)
             else:
                 index += 1
+
+    def _at_work_with(self, kinds: set[str]) -> bool:
+        return any(place.demand.kinds & kinds for place in self._working)
 
     def _admit(self, place: Place, taken: set[str]) -> bool:
         """Give a task what it needs, unless that is not there or somebody before it waits for it."""
@@ -250,7 +259,8 @@ class Line:
             return False
         if resident is None:
             while lacking := self._ledger.lacks(place.demand, self._idle.coming):
-                if not self._idle.retire_oldest(lacking):
+                # What somebody at work has comes back in time; what idle workers keep for good does not.
+                if not self._idle.retire_oldest(lacking, kept_too=not self._at_work_with(lacking)):
                     break
             if self._ledger.lacks(place.demand, Demand()):
                 taken |= kinds

@@ -85,6 +85,16 @@ def test_idle_workers_make_room_the_oldest_first(start):
     assert executor.submit(workers.pid, worker="b").result(20) == newest
 
 
+def test_a_worker_that_is_never_idle_for_too_long_starves_nobody(start):
+    executor = start(memory_budget="160MiB")
+    kept = executor.worker("kept", idle_time=None)
+    own = kept.submit(workers.pid).result(20)
+    # It holds what this one lacks, and nobody else will give anything back.
+    assert executor.submit(programs.echo, "large", limits=Limits(memory="128MiB")).result(20) == "large"
+    assert gone(own)
+    assert kept.submit(workers.pid).result(20) != own
+
+
 def test_gpus_are_shared_out_in_the_childs_environment_only(start):
     before = dict(os.environ)
     executor = start(gpus=[0, "GPU-1"], max_concurrent_tasks=8)

@@ -39,13 +39,13 @@ class Pool:
     def give_back(self, process):
         self.idle.append(process)
 
-    def retire_oldest(self, kinds):
-        for process in self.idle:
-            if process.spec.idle_seconds is not None and process.holding.demand.kinds & kinds:
-                self.idle.remove(process)
-                self.ending.append(process)
-                return True
-        return False
+    def retire_oldest(self, kinds, *, kept_too):
+        holders = [process for process in self.idle if process.holding.demand.kinds & kinds]
+        found = [process for process in holders if process.spec.idle_seconds is not None] or holders * kept_too
+        for process in found[:1]:
+            self.idle.remove(process)
+            self.ending.append(process)
+        return bool(found)
 
     @property
     def coming(self):
@@ -81,6 +81,7 @@ class Machine:
 
 
 A, B = WorkerSpec(name="a"), WorkerSpec(name="b")
+KEPT = dataclasses.replace(B, idle_seconds=None)
 
 
 def test_tasks_go_in_order_as_slots_come_free():
@@ -182,12 +183,20 @@ def test_an_idle_process_keeps_its_memory_until_somebody_needs_it():
     assert machine.pool.idle == []
 
 
-def test_a_process_that_is_never_ended_for_being_idle_is_not_ended_for_its_memory():
+def test_a_process_that_is_to_stay_is_ended_for_its_memory_only_when_nobody_else_will_give_some_back():
     machine = Machine(slots=10, memory=10)
-    machine.end(machine.enter(memory=6, worker=WorkerSpec(name="callbacks", idle_seconds=None)))
-    waiting = machine.enter(memory=5)
+    machine.end(machine.enter(memory=4, worker=KEPT))
+    machine.end(machine.enter(memory=2, worker=A))
+    at_work = machine.enter(memory=4)
+    waiting = machine.enter(memory=7)
+    # The one that may be ended for being idle went; the other waits for what is at work.
+    assert [process.spec.name for process in machine.pool.idle] == ["b"]
+    machine.all_gone()
     assert not waiting.at_work
-    assert len(machine.pool.idle) == 1
+    machine.end(at_work)
+    assert machine.pool.idle == []
+    machine.all_gone()
+    assert waiting.at_work
 
 
 def test_a_busy_worker_does_not_starve_who_waits_for_its_memory():
@@ -220,7 +229,7 @@ class Rush(RuleBasedStateMachine):
         self.machine = Machine(slots=3, memory=8, gpus=("0", "1"))
         self.places = []
 
-    @rule(memory=st.integers(1, 8), gpus=st.integers(0, 2), worker=st.sampled_from([None, None, A, B]))
+    @rule(memory=st.integers(1, 8), gpus=st.integers(0, 2), worker=st.sampled_from([None, None, A, KEPT]))
     def enter(self, memory, gpus, worker):
         self.places.append(self.machine.enter(memory, gpus, worker))
 
@@ -266,7 +275,7 @@ class Rush(RuleBasedStateMachine):
                 self.places.remove(place)
                 self.machine.end(place)
         machine = self.machine
-        while machine.pool.retire_oldest({"memory", "gpus"}):
+        while machine.pool.retire_oldest({"memory", "gpus"}, kept_too=True):
             machine.all_gone()
         machine.all_gone()
         assert not machine.ledger.lacks(Demand(memory=8, gpus=2), Demand())
