@@ -126,6 +126,10 @@ class ModelSignatureError(ModelError):
     """A model has no signature of a trusted signer, and the policy requires one."""
 
 
+class StagingError(ModelError):
+    """A model could not be made ready for inference; what became of the tries is in the log."""
+
+
 class ModelNotFoundError(ModelError):
     """The server does not have the model."""
 

@@ -62,7 +62,7 @@ class ValidateCall:
         who = f"validate callback {callback_name(self.callback)}"
         if not isinstance(returned, dict):
             raise TypeError(f"{who} returned {_shape(returned)}; it must return a dict of metrics")
-        metrics: dict[str, Any] = _checked_json(returned, who, "metrics")
+        metrics: dict[str, Any] = checked_json(returned, who, "metrics")
         return metrics
 
 
@@ -76,7 +76,7 @@ class CustomCall:
         """Return what the callback returned, checked to be JSON. Raises TypeError in one line."""
         with entered_task(LoggingContext(request=request)):
             returned = self.callback(parameters)
-        return _checked_json(returned, f"custom callback {callback_name(self.callback)}", "result")
+        return checked_json(returned, f"custom callback {callback_name(self.callback)}", "result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class AutonomousCall:
         """Return what the callback returned, checked to be JSON. Raises TypeError in one line."""
         with entered_task(LoggingContext(request=request)):
             returned = self.callback()
-        return _checked_json(returned, f"the callback {callback_name(self.callback)} of {request.type}", "result")
+        return checked_json(returned, f"the callback {callback_name(self.callback)} of {request.type}", "result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _checked_update(returned: Any, who: str) -> tuple[ScaleoutModel, dict[str, A
         raise TypeError(f"{who} returned {_shape(metadata)} as the metadata; {wanted}")
     given = metadata.get("training_metadata")
     given = given.get("num_examples") if isinstance(given, Mapping) else None
-    metadata = _checked_json(metadata, who, "metadata")
+    metadata = checked_json(metadata, who, "metadata")
     training = metadata.get("training_metadata")
     count = training.get("num_examples") if isinstance(training, dict) else None
     if isinstance(count, bool) or not isinstance(count, int | float) or not _above_zero(count):
@@ -138,9 +138,13 @@ def _above_zero(count: float) -> bool:
         return False
 
 
-def _checked_json(value: Any, who: str, path: str) -> Any:
+def checked_json(value: Any, who: str, path: str, *, arrays: bool = False) -> Any:
+    """Return what a callback returned as JSON carries it; `arrays`: those become lists.
+
+    Raises TypeError or ValueError, in one line that says who returned it.
+    """
     try:
-        plain = json_value(value, path=path)
+        plain = json_value(value, path=path, arrays=arrays)
         size = len(json.dumps(plain))
     except TypeError as error:
         raise TypeError(f"{who} returned what cannot be sent: {error}") from None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import logging
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from scaleout_mp.client.inference_client import InferenceClient
 from scaleout_mp.client.published import stopped
 from scaleout_mp.client.record_logging import RecordLogging
+from scaleout_mp.client.values import checked_callback
 from scaleout_mp.errors import NotConnectedError, StoppedException
 from scaleout_mp.task import current_task
 
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
     from scaleout_mp.model import ScaleoutModel
 
 logger = logging.getLogger(__name__)
-
-C = TypeVar("C")
 
 CUSTOM_PREFIX = "Custom_"
 AUTONOMOUS_PREFIX = "Autonomous_"
@@ -52,7 +52,7 @@ class _StateOfTask:
         return task.state
 
 
-class EdgeClient(RecordLogging):
+class EdgeClient(RecordLogging, InferenceClient):
     """A client of a Scaleout Edge network.
 
     Register callbacks, then `connect_to_api`, `init_grpchandler` and `run`. Callbacks run in processes of
@@ -78,10 +78,9 @@ class EdgeClient(RecordLogging):
         self.client_id: str | None = None
         #: Folder of the compute package.
         self.package_path: str = "."
-        self.train_callback = _checked(train_callback, "train_callback")
-        self.validate_callback = _checked(validate_callback, "validate_callback")
-        self.inference_callback: Callable[[ScaleoutModel, dict[str, Any]], Any] | None = None
-        self.stage_model_callback: Callable[[ScaleoutModel], None] | None = None
+        self.train_callback = checked_callback(train_callback, "train_callback")
+        self.validate_callback = checked_callback(validate_callback, "validate_callback")
+        self._init_inference()
         #: Custom callbacks by task type, "Custom_<name>".
         self.registered_callbacks: dict[str, Callable[[dict[str, Any]], Any]] = {}
         self._given_runtime = runtime
@@ -100,25 +99,17 @@ class EdgeClient(RecordLogging):
         callback: Callable[[ScaleoutModel, dict[str, Any]], tuple[ScaleoutModel | None, dict[str, Any]]] | None,
     ) -> None:
         """Set the callback for model updates: `train(model, client_settings) -> (model, metadata)`."""
-        self.train_callback = _checked(callback, "the train callback")
+        self.train_callback = checked_callback(callback, "the train callback")
 
     def set_validate_callback(self, callback: Callable[[ScaleoutModel], dict[str, Any]] | None) -> None:
         """Set the callback for validations: `validate(model) -> metrics`."""
-        self.validate_callback = _checked(callback, "the validate callback")
-
-    def set_inference_callback(self, callback: Callable[[ScaleoutModel, dict[str, Any]], Any] | None) -> None:
-        """Set the callback for inference: `infer(model, parameters)`."""
-        self.inference_callback = _checked(callback, "the inference callback")
-
-    def set_stage_model_callback(self, callback: Callable[[ScaleoutModel], None] | None) -> None:
-        """Set the callback that is called once a model is staged for inference."""
-        self.stage_model_callback = _checked(callback, "the stage-model callback")
+        self.validate_callback = checked_callback(callback, "the validate callback")
 
     def set_custom_callback(self, callback_name: str, callback: Callable[[dict[str, Any]], Any]) -> None:
         """Set the callback for tasks of type "Custom_<callback_name>"; it gets the task's `parameters`."""
         if callback is None:
             raise TypeError(f"the custom callback {callback_name!r} is None; remove_custom_callback removes one")
-        self.registered_callbacks[_custom_type(callback_name)] = _checked(
+        self.registered_callbacks[_custom_type(callback_name)] = checked_callback(
             callback, f"custom callback {callback_name!r}"
         )
 
@@ -219,7 +210,7 @@ class EdgeClient(RecordLogging):
             raise NotConnectedError("this client's runtime starts no tasks by itself")
         if not command_type.startswith(AUTONOMOUS_PREFIX):
             command_type = AUTONOMOUS_PREFIX + command_type
-        started: AutonomousTask = start(_checked(callback, "the callback"), command_type, parameters)
+        started: AutonomousTask = start(checked_callback(callback, "the callback"), command_type, parameters)
         return started
 
     def post_signature(self, signature: Mapping[str, Any]) -> None:
@@ -235,12 +226,6 @@ class EdgeClient(RecordLogging):
     def get_access_token(self) -> str | None:
         """Return the access token that is in use, refreshed where needed; None without one."""
         return self._runtime.get_access_token()
-
-
-def _checked(callback: C, what: str) -> C:
-    if callback is not None and not callable(callback):
-        raise TypeError(f"{what} must be a function or another callable, not {type(callback).__name__}")
-    return callback
 
 
 def _custom_type(name: str) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp import compat
 from scaleout_mp.client.calls import CustomCall, TrainCall, ValidateCall
+from scaleout_mp.client.inference_calls import calls_of
 from scaleout_mp.client.package_client import package_client
 from scaleout_mp.client.values import callback_name
 from scaleout_mp.errors import PackageError
@@ -68,6 +69,9 @@ class Package:
         if task_type == DESCRIBE:
             self._runtime.send_early()
             return self.task_types()
+        of_staged_model = self._of_staged_models().get(task_type)
+        if of_staged_model is not None:
+            return of_staged_model(*args)
         callback = self._callbacks().get(task_type)
         if callback is None:
             raise PackageError(f"the package registers no callback for tasks of type {task_type!r}")
@@ -76,7 +80,16 @@ class Package:
 
     def task_types(self) -> dict[str, str]:
         """Return the types of task that it serves, each with the name of its callback."""
-        return {known: callback_name(callback) for known, callback in self._callbacks().items()}
+        callbacks = {known: callback_name(callback) for known, callback in self._callbacks().items()}
+        of_models = {
+            # Without a stage callback, models are staged for the inference callback alone.
+            known: callback_name(call.callback or self._client.inference_callback)
+            for known, call in self._of_staged_models().items()
+        }
+        return callbacks | of_models
+
+    def _of_staged_models(self) -> dict[str, Any]:
+        return calls_of(self._client.stage_model_callback, self._client.inference_callback)
 
     def _callbacks(self) -> dict[str, Callable[..., Any]]:
         client = self._client
@@ -105,7 +118,7 @@ def load_package(folder: str, startup: str, client_name: str, client_id: str) ->
     if not package.task_types():
         raise PackageError(
             f"startup(client) in {path} registers no callback; it must call client.set_train_callback, "
-            "client.set_validate_callback or client.set_custom_callback"
+            "client.set_validate_callback, client.set_inference_callback or client.set_custom_callback"
         )
     return package
 

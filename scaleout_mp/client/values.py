@@ -6,11 +6,13 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from scaleout_mp.ipc.messages import MAX_KEYS, MAX_NAME, MAX_PAYLOAD, MAX_VALUE
 
 logger = logging.getLogger(__name__)
+
+C = TypeVar("C")
 
 #: Bytes of JSON that a callback may return: servers take messages of 4 MiB, and several ends ride in one report.
 MAX_JSON: Final = 1 << 20
@@ -80,19 +82,36 @@ def inference_payload(payload: Any) -> str:
     return text
 
 
-def json_value(value: Any, *, path: str) -> Any:
+def json_value(value: Any, *, path: str, arrays: bool = False) -> Any:
     """Return `value` with numpy scalars turned into Python's own, checked to be JSON-serialisable.
+
+    `arrays`: numpy arrays, tensors and the like, which cannot be sent otherwise, become lists.
 
     NaN and infinities, which JSON does not have, become null, with one warning that names the first: a figure that
     ran away must not cost the training. Raises TypeError that names the place, starting from `path`, of what JSON
     cannot carry.
     """
     lost: list[str] = []
-    plain = _json_value(value, path, 0, lost)
+    plain = _json_value(_listed(value, path) if arrays else value, path, 0, lost)
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         logger.warning("%s%s: not a finite number, sent as null", lost[0], more, extra={"action": "not_finite"})
     return plain
+
+
+def _listed(value: Any, path: str, depth: int = 0) -> Any:
+    """Return `value` with arrays as lists. Raises ValueError for what is too large before it becomes one."""
+    if isinstance(value, Mapping) and depth <= _MAX_DEPTH:
+        return {key: _listed(item, f"{path}[{key!r}]", depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple) and depth <= _MAX_DEPTH:
+        return [_listed(item, f"{path}[{at}]", depth + 1) for at, item in enumerate(value)]
+    if not (hasattr(value, "tolist") and getattr(value, "shape", None)):
+        return value
+    size = math.prod(value.shape)
+    # A digit and a comma each.
+    if 2 * size > MAX_JSON:
+        raise ValueError(f"{path} is an array of {size} elements, more than {MAX_JSON} bytes of JSON")
+    return value.tolist()
 
 
 def _json_value(value: Any, path: str, depth: int, lost: list[str]) -> Any:
@@ -134,7 +153,14 @@ def _plain_scalar(value: Any) -> bool | int | float | str | None:
     return None
 
 
-def callback_name(callback: Callable[..., Any]) -> str:
+def checked_callback(callback: C, what: str) -> C:
+    """Return a callback, or None where there is none. Raises TypeError, which says `what` it is."""
+    if callback is not None and not callable(callback):
+        raise TypeError(f"{what} must be a function or another callable, not {type(callback).__name__}")
+    return callback
+
+
+def callback_name(callback: Callable[..., Any] | None) -> str:
     """Return a name by which the user knows the callback."""
     name = getattr(callback, "__qualname__", None) or type(callback).__qualname__
     module = getattr(callback, "__module__", None)

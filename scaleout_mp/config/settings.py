@@ -90,6 +90,8 @@ class Settings:
     send_telemetry: bool = True
     #: SCALEOUT_CLIENT_TASK_POLLING_INTERVAL, seconds.
     polling_interval: float = 5.0
+    #: SCALEOUT_MODEL_CACHE_DIR: folder of the models that are staged, `<model_id>.scm`.
+    model_cache_dir: str = ".scaleout/model_cache"
     #: SCALEOUT_MP_STATE_DIR: what waits for the server is kept below it; None: in the user's state folder;
     #: ":memory:": nowhere, and lost when the client dies.
     state_dir: str | None = None
@@ -138,6 +140,7 @@ class Settings:
             "report_status": _flag(env, "SCALEOUT_CLIENT_STATUS_REPORTING", default=True),
             "send_telemetry": _flag(env, "SCALEOUT_CLIENT_SEND_TELEMETRY", default=True),
             "polling_interval": _seconds(env, "SCALEOUT_CLIENT_TASK_POLLING_INTERVAL", default=5.0),
+            "model_cache_dir": env.get("SCALEOUT_MODEL_CACHE_DIR") or cls.model_cache_dir,
             "state_dir": env.get("SCALEOUT_MP_STATE_DIR") or None,
             "trusted_signers_path": env.get("SCALEOUT_MP_TRUSTED_SIGNERS") or None,
             "signature_policy": env.get("SCALEOUT_MP_SIGNATURES") or "require",

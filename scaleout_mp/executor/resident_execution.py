@@ -134,6 +134,8 @@ class ResidentExecution(Execution):
         report = (await first.outcome()).report
         if first.resident is not None:
             first.resident.spec = self._spec
+            # Those of the process are the same.
+            first.resident.limits = self._plan.limits
             if report.completed:
                 return first.resident
             # A process in which it failed is not set up.

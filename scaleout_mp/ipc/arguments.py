@@ -17,11 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self
 
 from scaleout_mp.errors import CallbackNotSendable, ValueNotSendable
-from scaleout_mp.ipc import segments
+from scaleout_mp.ipc import segments, values
 from scaleout_mp.ipc.channel import close_all
 from scaleout_mp.ipc.frames import MAX_DESCRIPTORS
 from scaleout_mp.model import ScaleoutModel
 
+#: Behind a table that was not pickled.
+_PLAIN: Final = "plain"
 #: Buffers below this many bytes are pickled in place.
 _OUT_OF_BAND: Final = 1 << 14
 
@@ -164,6 +166,25 @@ def pack(args: Sequence[Any], kwargs: Mapping[str, Any]) -> PackedArguments:
     )
 
 
+def pack_plain(args: Sequence[Any]) -> PackedArguments:
+    """Pack arguments that are numbers, texts, arrays and the like without pickling them; others as `pack` does.
+
+    Several times as quick for what is small. Lists and dicts that are in there twice arrive as two.
+    Raises ValueNotSendable.
+    """
+    encoded = values.encode_exactly(list(args))
+    if encoded is None:
+        return pack(args, {})
+    table, memory = encoded
+    descriptors, memory_bytes = [], 0
+    if memory is not None:
+        descriptors, memory_bytes = [os.dup(memory.fileno())], memory.size
+        memory.close()
+    return PackedArguments(
+        table=[memory is not None, table, _PLAIN], descriptors=descriptors, model_bytes=0, memory_bytes=memory_bytes
+    )
+
+
 @functools.cache
 def _pickler_class() -> Any:
     """Return the class that takes models out of what it pickles. Made once: each call of a worker pickles."""
@@ -221,7 +242,9 @@ class _Unpickler(pickle.Unpickler):
 
 def unpack(table: Any, descriptors: list[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments, in the child. Takes over the descriptors."""
-    has_memory, inner = table
+    has_memory, inner, *plain = table
+    if plain == [_PLAIN]:
+        return tuple(values.decode([has_memory, inner], descriptors, max_model_size=0)), {}
     memory = descriptors.pop(0) if has_memory else None
     pickled, *buffers = segments.load(inner, memory)
     models = [ScaleoutModel.from_fd(descriptor, verify=False) for descriptor in descriptors]

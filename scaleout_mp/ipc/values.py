@@ -51,7 +51,9 @@ class EncodedValue:
 
 
 class _Encoder:
-    def __init__(self) -> None:
+    def __init__(self, *, exact: bool = False) -> None:
+        """`exact`: nothing is turned into a simpler type on the way."""
+        self._exact = exact
         self.arrays: list[memoryview] = []
         self.models: list[ScaleoutModel] = []
         self._depth = 0
@@ -65,6 +67,8 @@ class _Encoder:
         return packed
 
     def _special(self, value: Any) -> Any:
+        if self._exact and type(value) not in (tuple, np.ndarray):
+            raise ValueNotSendable(f"a {type(value).__name__} does not pass as it is")
         if isinstance(value, ScaleoutModel):
             return msgpack.ExtType(_MODEL, self.pack(self._model_index(value)))
         if isinstance(value, tuple):
@@ -126,6 +130,18 @@ def encode(value: Any) -> EncodedValue:
         if copy is not None:
             owned.append(copy)
     return EncodedValue(table=[memory is not None, table], descriptors=descriptors, _owned=owned)
+
+
+def encode_exactly(value: Any) -> tuple[list[Any], SealedMemory | None] | None:
+    """Encode plain values and numpy arrays, which arrive as what they were; None for all else, models included."""
+    encoder = _Encoder(exact=True)
+    try:
+        tree = encoder.pack(value)
+    except (ValueError, OverflowError, TypeError):
+        return None
+    if len(tree) > MAX_TREE or len(encoder.arrays) >= segments.MAX_SEGMENTS:
+        return None
+    return segments.store([tree, *encoder.arrays])
 
 
 def _sealed_descriptor(model: ScaleoutModel) -> tuple[int, SealedMemory | None]:

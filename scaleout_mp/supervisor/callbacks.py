@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import dataclasses
 from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.client.calls import CallbackSet, CustomCall, TrainCall, ValidateCall
+from scaleout_mp.client.inference_calls import calls_of
 from scaleout_mp.client.values import callback_name
 from scaleout_mp.errors import CallbackNotSendable, ConfigError
 from scaleout_mp.executor.residents import WorkerSpec
@@ -21,6 +23,20 @@ if TYPE_CHECKING:
 
 #: Name of the worker that runs callbacks.
 CALLBACK_WORKER: Final = "callbacks"
+
+
+_CALLBACK_NAMES: Final = {
+    TaskType.MODEL_UPDATE.value: "train callback",
+    TaskType.VALIDATION.value: "validate callback",
+    TaskType.STAGE_MODEL.value: "stage-model callback and no inference callback",
+    TaskType.INFERENCE.value: "inference callback: call set_inference_callback",
+}
+#: Tasks that run in the process of a staged model; their callbacks go there together.
+OF_STAGED_MODELS: Final = frozenset({TaskType.STAGE_MODEL, TaskType.INFERENCE})
+
+
+class MissingCallbackError(ConfigError):
+    """This client has no callback for tasks of that type."""
 
 
 class Callbacks(abc.ABC):
@@ -63,6 +79,8 @@ class CallbackTable(Callbacks):
         self._client = client
         self._prepare = prepare
         self._ready: dict[str, tuple[Callable[..., Any], PreparedCallable]] = {}
+        #: Stage and inference callback, and what they are together.
+        self._pair: tuple[tuple[Any, Any], PreparedCallable] | None = None
 
     async def worker(self, _task_type: str) -> WorkerSpec | None:
         """Return None: a fresh process runs each task."""
@@ -70,9 +88,9 @@ class CallbackTable(Callbacks):
 
     def require_any(self) -> None:
         """Raise ConfigError, in one line, when the client could not serve a single task."""
-        if not any(True for _ in self._registered()):
+        if not any(True for _ in self._registered()) and not any(self._pair_now()):
             raise ConfigError(
-                "no callback registered: call set_train_callback, set_validate_callback or "
+                "no callback registered: call set_train_callback, set_validate_callback, set_inference_callback or "
                 "set_custom_callback before run"
             )
 
@@ -80,12 +98,47 @@ class CallbackTable(Callbacks):
         """Make all callbacks ready. Raises CallbackNotSendable that names the one that cannot be sent."""
         for task_type, callback in self._registered():
             self._ready[task_type] = callback, self._prepare(_call_for(task_type)(callback))
+        self._prepare_pair()
+
+    def _pair_now(self) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
+        return self._client.stage_model_callback, self._client.inference_callback
+
+    def _prepare_pair(self) -> None:
+        stage, infer = self._pair_now()
+        calls = calls_of(stage, infer)
+        if not calls:
+            return
+        self._pair = (stage, infer), self._prepare_together(calls, name=callback_name(infer or stage))
+
+    def _prepare_together(
+        self, calls: Mapping[str, Callable[..., Any]], *, name: str | None = None
+    ) -> PreparedCallable:
+        try:
+            ready = self._prepare(CallbackSet(calls))
+        except CallbackNotSendable:
+            for call in calls.values():
+                # Raises for the one that it is about.
+                self._prepare(call)
+            raise
+        return ready if name is None else dataclasses.replace(ready, name=name)
+
+    async def _prepared_pair(self, task_type: str) -> PreparedCallable:
+        """Return the callbacks of staged models. Raises MissingCallbackError and CallbackNotSendable."""
+        pair = self._pair_now()
+        if task_type not in calls_of(*pair):
+            raise missing(task_type)
+        if self._pair is None or self._pair[0] != pair:
+            await asyncio.to_thread(self._prepare_pair)
+        assert self._pair is not None
+        return self._pair[1]
 
     async def prepared(self, task_type: str) -> PreparedCallable:
         """Return what runs a task of this type.
 
         Raises ConfigError when nothing does, CallbackNotSendable when what replaced a callback cannot be sent.
         """
+        if task_type in OF_STAGED_MODELS:
+            return await self._prepared_pair(task_type)
         callback = self._callback(task_type)
         known = self._ready.get(task_type)
         if known is not None and known[0] is callback:
@@ -95,12 +148,16 @@ class CallbackTable(Callbacks):
         self._ready[task_type] = callback, ready
         return ready
 
-    def leading(self, _task_type: str) -> tuple[Any, ...]:
+    def leading(self, task_type: str) -> tuple[Any, ...]:
         """Return the arguments that what is `prepared` takes before those of the task."""
-        return ()
+        return (str(task_type),) if task_type in OF_STAGED_MODELS else ()
 
     def name(self, task_type: str) -> str:
         """Return a task's name for people: its type and what runs."""
+        if task_type in OF_STAGED_MODELS:
+            stage, infer = self._pair_now()
+            callback = stage if task_type == TaskType.STAGE_MODEL else infer
+            return str(task_type) if callback is None else f"{task_type} ({callback_name(callback)})"
         return f"{task_type} ({callback_name(self._callback(task_type))})"
 
     def _registered(self) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -136,14 +193,17 @@ class SharedCallbacks(CallbackTable):
     def prepare_all(self) -> None:
         """Make all callbacks ready. Raises CallbackNotSendable that names the one that cannot be sent."""
         self._known = dict(self._registered())
-        self._shared = self._prepare_together(self._known)
+        self._shared = self._prepare_all_of(self._known)
+        self._prepare_pair()
 
     async def prepared(self, task_type: str) -> PreparedCallable:
         """Return what runs a task of any type. Raises ConfigError and CallbackNotSendable."""
+        if task_type in OF_STAGED_MODELS:
+            return await self._prepared_pair(task_type)
         self._callback(task_type)
         now = dict(self._registered())
         if self._shared is None or now != self._known:
-            self._shared = await asyncio.to_thread(self._prepare_together, now)
+            self._shared = await asyncio.to_thread(self._prepare_all_of, now)
             self._known = now
         return self._shared
 
@@ -151,16 +211,10 @@ class SharedCallbacks(CallbackTable):
         """Return the arguments that what is `prepared` takes before those of the task."""
         return (str(task_type),)
 
-    def _prepare_together(self, callbacks: Mapping[str, Callable[..., Any]]) -> PreparedCallable:
+    def _prepare_all_of(self, callbacks: Mapping[str, Callable[..., Any]]) -> PreparedCallable:
         # Plain strings: the enum would have the task's process import this layer.
         calls = {str(task_type): _call_for(task_type)(callback) for task_type, callback in callbacks.items()}
-        try:
-            return self._prepare(CallbackSet(calls))
-        except CallbackNotSendable:
-            for call in calls.values():
-                # Raises for the one that it is about.
-                self._prepare(call)
-            raise
+        return self._prepare_together(calls)
 
 
 def callback_worker(call: PreparedCallable) -> WorkerSpec:
@@ -169,14 +223,13 @@ def callback_worker(call: PreparedCallable) -> WorkerSpec:
     return WorkerSpec(name=CALLBACK_WORKER, idle_seconds=None, edition=call.key)
 
 
-def missing(task_type: str) -> ConfigError:
+def missing(task_type: str) -> MissingCallbackError:
     """Return the error that says which callback there is not."""
-    what = {TaskType.MODEL_UPDATE.value: "train callback", TaskType.VALIDATION.value: "validate callback"}
-    if task_type in what:
-        return ConfigError(f"this client has no {what[task_type]}")
+    if task_type in _CALLBACK_NAMES:
+        return MissingCallbackError(f"this client has no {_CALLBACK_NAMES[task_type]}")
     if task_type.startswith(CUSTOM_PREFIX):
-        return ConfigError(f"this client has no custom callback for {task_type}")
-    return ConfigError(f"this client does not know tasks of type {task_type!r}")
+        return MissingCallbackError(f"this client has no custom callback for {task_type}")
+    return MissingCallbackError(f"this client does not know tasks of type {task_type!r}")
 
 
 def _call_for(task_type: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from scaleout_mp.model import ScaleoutModel
 from scaleout_mp.supervisor import messages
+from scaleout_mp.supervisor.inference_jobs import InferenceJob, StageModelJob
 from scaleout_mp.supervisor.jobs import Job, JobFailedError, JobResources, Phase, json_text
 from scaleout_mp.supervisor.messages import TaskType
 from scaleout_mp.transport.aside import closing_aside
@@ -30,7 +31,12 @@ def make_job(
     """Return the job for a request; one of an unknown type, or with a `problem`, fails when it runs, and says so."""
     if problem:
         return UnreadableJob(request, resources, on_start=on_start, problem=problem)
-    kinds: dict[str, type[Job]] = {TaskType.MODEL_UPDATE: ModelUpdateJob, TaskType.VALIDATION: ValidationJob}
+    kinds: dict[str, type[Job]] = {
+        TaskType.MODEL_UPDATE: ModelUpdateJob,
+        TaskType.VALIDATION: ValidationJob,
+        TaskType.STAGE_MODEL: StageModelJob,
+        TaskType.INFERENCE: InferenceJob,
+    }
     return kinds.get(request.type, CustomJob)(request, resources, on_start=on_start)
 
 

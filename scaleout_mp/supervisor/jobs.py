@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
-    from scaleout_mp.config import Settings
+    from scaleout_mp.config import Limits, Settings
     from scaleout_mp.executor import Execution, ExecutorCore, PreparedCallable
     from scaleout_mp.executor.scheduling import Place
     from scaleout_mp.model import ScaleoutModel
     from scaleout_mp.supervisor.callbacks import Callbacks
+    from scaleout_mp.supervisor.staged_model import InferencePlan
+    from scaleout_mp.supervisor.staged_models import StagedModels
     from scaleout_mp.supervisor.state import StateFolder
     from scaleout_mp.supervisor.task_journal import TaskJournal
     from scaleout_mp.task import ExitReport, Record
@@ -71,6 +73,8 @@ class JobResources:
     settings: Settings
     core: ExecutorCore
     callbacks: Callbacks
+    models: StagedModels
+    inference: InferencePlan
     transfer: ModelTransfer
     outbox: Outbox
     tasks: TaskJournal
@@ -298,21 +302,23 @@ class Job(abc.ABC):
         self._require_not_aborted()
         return await self._phase(self._resources.transfer.download(self.request.model_id), Phase.DOWNLOADING)
 
-    async def _execute(self, *args: Any) -> Any:
-        """Run the callback in a process that may die and return its value."""
+    async def _execute(self, *args: Any, call: PreparedCallable | None = None, limits: Limits | None = None) -> Any:
+        """Run the callback in a process that may die and return its value; `call`: what was prepared before."""
         self._require_not_aborted()
         self.phase = Phase.RUNNING
         callbacks = self._resources.callbacks
-        call = await self._phase(callbacks.prepared(self.request.type))
+        if call is None:
+            call = await self._phase(callbacks.prepared(self.request.type))
         return await self._run(
             call,
             *callbacks.leading(self.request.type),
             *args,
             self._request_info(),
             name=callbacks.name(self.request.type),
+            limits=limits,
         )
 
-    async def _run(self, call: PreparedCallable, *args: Any, name: str) -> Any:
+    async def _run(self, call: PreparedCallable, *args: Any, name: str, limits: Limits | None = None) -> Any:
         """Run `call` in a process that may die and return its value."""
         self._require_not_aborted()
         self.phase = Phase.RUNNING
@@ -321,6 +327,7 @@ class Job(abc.ABC):
             *args,
             task_id=self.correlation_id,
             name=name,
+            limits=limits,
             worker=None if self._place is None else self._place.worker,
             state=str(self.request.type),
             place=self._place,
@@ -328,12 +335,16 @@ class Job(abc.ABC):
         )
         try:
             outcome = await self.execution.outcome()
+            self._on_outcome(self.execution, outcome.report)
         finally:
             # It holds the outcome, and with it a model.
             self.execution = None
         if not outcome.report.completed:
             raise _TaskEndedError(outcome.report)
         return outcome.value
+
+    def _on_outcome(self, execution: Execution, report: ExitReport) -> None:  # noqa: B027 - most learn nothing
+        """Learn from how the process ended, or went on."""
 
     def _request_info(self) -> RequestInfo:
         request = self.request

@@ -36,6 +36,8 @@ class TaskType(enum.StrEnum):
     MODEL_UPDATE = "Scaleout_ModelUpdate"
     VALIDATION = "Scaleout_Validation"
     RESTART = "Scaleout_RestartClient"
+    STAGE_MODEL = "Scaleout_StageModel"
+    INFERENCE = "Scaleout_Inference"
 
 
 CUSTOM_PREFIX: Final = "Custom_"

@@ -22,12 +22,14 @@ from scaleout_mp.errors import (
     AuthenticationError,
     CallbackNotSendable,
     ConfigError,
+    ModelNotFoundError,
     NotConnectedError,
     ScaleoutError,
     StateError,
 )
 from scaleout_mp.executor import ExecutorCore
 from scaleout_mp.executor.core import default_concurrency, parse_state_bytes
+from scaleout_mp.executor.residents import IDLE_SECONDS
 from scaleout_mp.executor.scheduling import require_room
 from scaleout_mp.executor.states import MAX_STATE
 from scaleout_mp.executor.worker_handle import Isolation, check_isolation
@@ -36,13 +38,16 @@ from scaleout_mp.supervisor.autonomous import AutonomousJob, AutonomousTask, Own
 from scaleout_mp.supervisor.blocking import run_blocking
 from scaleout_mp.supervisor.farewell import LAST_WORDS
 from scaleout_mp.supervisor.given_token import GivenToken
+from scaleout_mp.supervisor.local_inference import LocalInference
 from scaleout_mp.supervisor.service import ABORTED_BY_CLIENT, ClientService, ServicePlan
 from scaleout_mp.supervisor.snapshot import ClientSnapshot
+from scaleout_mp.supervisor.staged_model import inference_plan
 from scaleout_mp.supervisor.state import opened_state
 from scaleout_mp.task import (
     AbortOrigin,
     AttributesRecord,
     InferenceRecord,
+    LogLine,
     MetricRecord,
     Record,
     RecordContext,
@@ -109,6 +114,9 @@ class GrpcEdgeClientRuntime:
         package: PackageSource | None = None,
         goodbye_seconds: float = LAST_WORDS,
         trusted_signers: TrustedSigners | None = None,
+        inference_concurrency: int = 1,
+        inference_idle_time: float | str | None = IDLE_SECONDS,
+        inference_limits: Limits | None = None,
     ) -> None:
         """Read what is not given from the environment.
 
@@ -120,7 +128,9 @@ class GrpcEdgeClientRuntime:
         the client keeps what must reach the server; ":memory:" for none, as in a notebook. `package` is a compute
         package, such as LocalPackage; its callbacks take the place of those that are set on the client.
         `goodbye_seconds` is how long, at the end, the client tries to get rid of what waits for the server.
-        `trusted_signers` says whose signature a model needs before a task gets it.
+        `trusted_signers` says whose signature a model needs before a task gets it. `inference_concurrency` requests to
+        one staged model run at once, `inference_limits` are those of each (default: `limits`), and its processes end
+        after `inference_idle_time` without one, in seconds or as "10m"; None: never.
         """
         if not heartbeat_interval > 0:
             raise ConfigError(f"heartbeat_interval must be above 0 seconds, not {heartbeat_interval!r}")
@@ -152,6 +162,14 @@ class GrpcEdgeClientRuntime:
         if not goodbye_seconds >= 0:
             raise ConfigError(f"goodbye_seconds must be at least 0, not {goodbye_seconds!r}")
         self._goodbye_seconds = goodbye_seconds
+        self._inference_plan = inference_plan(
+            cache_dir=self.settings.model_cache_dir,
+            concurrency=inference_concurrency,
+            idle_time=inference_idle_time,
+            limits=self.limits,
+            request_limits=inference_limits,
+        )
+        require_room(self._inference_plan.limits, self._resources, memory_budget=self._memory_budget, gpus=self._gpus)
         self._signers = trusted_signers or connecting.signers_of(self.settings)
         self._state_dir = self.settings.state_dir if state_dir is None else os.fspath(state_dir)
         #: Where the client belongs: the API's address, or the combiner's when it never asked the API.
@@ -165,9 +183,17 @@ class GrpcEdgeClientRuntime:
         self._lock = threading.Lock()
         self._running = False
         self._stop_asked = False
+        self._records_lost = False
         self._at_work: tuple[asyncio.AbstractEventLoop, ClientService] | None = None
         self._early: list[tuple[MessageKind, Message]] = []
         self._own_early: list[OwnTaskOrder] = []
+        self._inference = LocalInference(
+            make_plan=self._plan,
+            client=lambda: self.client,
+            at_work=self._service_at_work,
+            fetch=self._fetch,
+            on_record=self._on_record,
+        )
 
     def set_client(self, client: EdgeClient) -> None:
         """Serve this client. Called by EdgeClient when it gets this runtime."""
@@ -308,9 +334,29 @@ class GrpcEdgeClientRuntime:
         client = self.client
         if not client.client_id:
             raise ConfigError("the client has no id: call connect_to_api or set_client_id before run")
-        plan = ServicePlan(
-            client_id=client.client_id,
-            name=client.name or client.client_id,
+        plan = self._plan(with_heartbeat=with_heartbeat, with_polling=with_polling)
+        with self._lock:
+            if self._running:
+                raise RuntimeError("this client runs already")
+            self._running = True
+        try:
+            # Not two executors that know nothing of each other's share of the machine.
+            self._inference.close()
+            network = self._api_url or f"{options.host}:{options.port}"
+            with opened_state(client.client_id, network.rstrip("/"), root=self._state_dir) as state:
+                run_blocking(lambda: self._main(plan, client, state), on_interrupt=self._interrupt)
+        except (ConfigError, CallbackNotSendable, AuthenticationError, StateError) as error:
+            # The user's mistake, told in its last line: our own frames below this one would only bury it.
+            raise error.with_traceback(None) from None
+        finally:
+            with self._lock:
+                self._running = self._stop_asked = False
+
+    def _plan(self, *, with_heartbeat: bool = False, with_polling: bool = False) -> ServicePlan:
+        client = self.client
+        return ServicePlan(
+            client_id=client.client_id or "",
+            name=client.name or client.client_id or "",
             settings=self.settings,
             limits=self.limits,
             start_method=self._start_method,
@@ -327,23 +373,10 @@ class GrpcEdgeClientRuntime:
             goodbye_seconds=self._goodbye_seconds,
             with_heartbeat=with_heartbeat,
             with_polling=with_polling,
+            inference=self._inference_plan,
             make_transfer=self._make_transfer,
             package=self._package,
         )
-        with self._lock:
-            if self._running:
-                raise RuntimeError("this client runs already")
-            self._running = True
-        try:
-            network = self._api_url or f"{options.host}:{options.port}"
-            with opened_state(client.client_id, network.rstrip("/"), root=self._state_dir) as state:
-                run_blocking(lambda: self._main(plan, client, state), on_interrupt=self._interrupt)
-        except (ConfigError, CallbackNotSendable, AuthenticationError, StateError) as error:
-            # The user's mistake, told in its last line: our own frames below this one would only bury it.
-            raise error.with_traceback(None) from None
-        finally:
-            with self._lock:
-                self._running = self._stop_asked = False
 
     async def _main(self, plan: ServicePlan, client: EdgeClient, state: StateFolder | None) -> None:
         service = ClientService(plan, client, self._open_calls(), state)
@@ -367,6 +400,10 @@ class GrpcEdgeClientRuntime:
             loop, service = self._at_work
             loop.call_soon_threadsafe(act, service)
             return True
+
+    def _service_at_work(self) -> tuple[asyncio.AbstractEventLoop, ClientService] | None:
+        with self._lock:
+            return self._at_work
 
     def stop(self) -> None:
         """End `run` like SIGTERM does; a second call ends it at once. Does nothing when it does not run."""
@@ -482,6 +519,44 @@ class GrpcEdgeClientRuntime:
 
     def check_task_abort(self) -> None:
         """Do nothing: no task runs in this process."""
+
+    # Inference
+
+    def stage_model(self, model: ScaleoutModel | str) -> ScaleoutModel:
+        """Put a model, or the one of that id, into the model cache and have a process stage it; blocks.
+
+        Needs no network for a model that is there. Raises a ScaleoutError, TaskError when the stage callback failed.
+        """
+        return self._inference.stage(model)
+
+    def run_inference(self, model: ScaleoutModel | str, params: Any = None) -> Any:
+        """Run the inference callback in the process of a staged model and return what it returned; blocks.
+
+        Raises a ScaleoutError, TaskError when the callback did not complete.
+        """
+        return self._inference.infer(model, params)
+
+    def close(self) -> None:
+        """End the processes that `stage_model` and `run_inference` started while `run` did not run."""
+        self._inference.close()
+
+    async def _fetch(self, model_id: str) -> ScaleoutModel:
+        if self._options is None:
+            raise ModelNotFoundError(
+                f"model {model_id} is not in the model cache {self.settings.model_cache_dir}, and this client is not "
+                "connected to load it from the network"
+            )
+        return await self._download(model_id)
+
+    def _on_record(self, record: Record) -> None:
+        if self._options is not None:
+            self._send(record)
+        elif not self._records_lost and not isinstance(record, LogLine):
+            self._records_lost = True
+            logger.warning(
+                "what inference callbacks log goes nowhere: the client is not connected",
+                extra={"action": "inference_records_lost"},
+            )
 
     def get_model_from_combiner(self, model_id: str) -> ScaleoutModel:
         """Download a model; blocks.

@@ -20,6 +20,7 @@ from scaleout_mp.supervisor.polling import Poller, follow_task_stream
 from scaleout_mp.supervisor.recovery import recovered_job
 from scaleout_mp.supervisor.shutdown import SECOND_CTRL_C, SignalReader, StopAction, signals_to
 from scaleout_mp.supervisor.snapshot import ClientSnapshot, task_snapshot
+from scaleout_mp.supervisor.staged_models import StagedModels
 from scaleout_mp.supervisor.systemd import ServiceManager
 from scaleout_mp.supervisor.task_journal import TaskJournal, TaskStage
 from scaleout_mp.supervisor.taskbook import (
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from scaleout_mp.executor.worker_handle import Isolation
     from scaleout_mp.supervisor.autonomous import AutonomousTask, OwnTaskOrder
     from scaleout_mp.supervisor.package_callbacks import PackageSource
+    from scaleout_mp.supervisor.staged_model import InferencePlan
     from scaleout_mp.supervisor.state import StateFolder
     from scaleout_mp.transport.calls import CombinerCalls
     from scaleout_mp.transport.message import Ticket
@@ -82,10 +84,26 @@ class ServicePlan:
     goodbye_seconds: float
     with_heartbeat: bool
     with_polling: bool
+    inference: InferencePlan
     #: How models come and go over given calls.
     make_transfer: Callable[[CombinerCalls], ModelTransfer]
     #: Where the callbacks come from; None: they are set on the client.
     package: PackageSource | None = None
+
+    def make_core(self) -> ExecutorCore:
+        """Return an executor for its tasks, on the running loop."""
+        return ExecutorCore(
+            limits=self.limits,
+            start_method=self.start_method,
+            sandbox=self.sandbox,
+            state_bytes=self.state_bytes,
+            memory_budget=self.memory_budget,
+            gpus=self.gpus,
+            resources=self.resources,
+            max_concurrent_tasks=self.max_concurrent_tasks,
+            echo_output=self.echo_output,
+            surroundings=self.surroundings,
+        )
 
 
 class ClientService:
@@ -101,33 +119,30 @@ class ClientService:
         self._plan = plan
         self._calls = calls
         self._loop = asyncio.get_running_loop()
-        self._core = ExecutorCore(
-            limits=plan.limits,
-            start_method=plan.start_method,
-            sandbox=plan.sandbox,
-            state_bytes=plan.state_bytes,
-            memory_budget=plan.memory_budget,
-            gpus=plan.gpus,
-            resources=plan.resources,
-            max_concurrent_tasks=plan.max_concurrent_tasks,
-            echo_output=plan.echo_output,
-            surroundings=plan.surroundings,
-        )
+        self._core = plan.make_core()
         self._state = state
         self._journal = None if state is None else Journal(state.journal_path)
         self._tasks = TaskJournal(self._journal)
         self._outbox = Outbox(calls, self._journal, on_refused=self._on_refused)
         self._book = TaskBook(on_told=lambda task: self._tasks.told(task.correlation_id, task.status, task.response))
+        callbacks = callbacks_for(plan, client, self._core, self._outbox)
+        transfer = plan.make_transfer(calls)
+        #: What the program itself may use, on this loop.
+        self.models = StagedModels(self._core, callbacks, plan.inference, transfer.download)
         self._resources = JobResources(
             client_id=plan.client_id,
             settings=plan.settings,
             core=self._core,
-            callbacks=callbacks_for(plan, client, self._core, self._outbox),
-            transfer=plan.make_transfer(calls),
+            callbacks=callbacks,
+            models=self.models,
+            inference=plan.inference,
+            transfer=transfer,
             outbox=self._outbox,
             tasks=self._tasks,
             state=state,
         )
+        #: Set once tasks can run, and at the end.
+        self.ready = asyncio.Event()
         self._announced = self._closed = False
         self._manager = ServiceManager()
         self._poller = Poller(
@@ -162,6 +177,7 @@ class ClientService:
                 await self._core.start()
                 await self._take_over()
                 await self._resources.callbacks.open()
+                self.ready.set()
                 for kind, message in early:
                     self._outbox.put(kind, message)
                 for order in own:
@@ -400,11 +416,13 @@ class ClientService:
 
     async def _clean_up(self) -> None:
         self._closed = True
+        self.ready.set()
         self._abort_all(ENDING)
         await self._poller.aclose()
         await cancelled([task for _, task in self._jobs.values()])
         await self._resources.callbacks.aclose()
         await self._core.aclose(kill=self._end_now.done())
+        await self.models.aclose()
         await self._outbox.aclose()
         await self._calls.aclose()
         if self._journal is not None:

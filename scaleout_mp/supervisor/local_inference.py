@@ -1,0 +1,181 @@
+"""Staging and inference that the program itself asks for: in the client that runs, or without any network."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import logging
+import threading
+import uuid
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from scaleout_mp.client.calls import RequestInfo
+from scaleout_mp.client.inference_calls import INFERENCE
+from scaleout_mp.errors import ConfigError, ModelError
+from scaleout_mp.ipc.arguments import pack_plain
+from scaleout_mp.model import ScaleoutModel
+from scaleout_mp.supervisor.callbacks import CallbackTable
+from scaleout_mp.supervisor.staged_model import inference_arguments
+from scaleout_mp.supervisor.staged_models import StagedModels
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+
+    from scaleout_mp.client import EdgeClient
+    from scaleout_mp.executor import Outcome
+    from scaleout_mp.supervisor.service import ClientService, ServicePlan
+    from scaleout_mp.task import Record
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class LocalInference:
+    """Blocking calls, from any thread. What they start outside a client that runs stays until `close`."""
+
+    def __init__(
+        self,
+        *,
+        make_plan: Callable[[], ServicePlan],
+        client: Callable[[], EdgeClient],
+        at_work: Callable[[], tuple[asyncio.AbstractEventLoop, ClientService] | None],
+        fetch: Callable[[str], Awaitable[ScaleoutModel]],
+        on_record: Callable[[Record], None],
+    ) -> None:
+        """`at_work` says which service runs; `fetch` gets a model where none does. `on_record` is called on a loop."""
+        self._make_plan = make_plan
+        self._client = client
+        self._at_work = at_work
+        self._fetch = fetch
+        self._on_record = on_record
+        self._lock = threading.Lock()
+        self._host: _Host | None = None
+
+    def stage(self, model: ScaleoutModel | str) -> ScaleoutModel:
+        """Put a model into the cache and have a process stage it; return it as it lies in the cache.
+
+        Raises a ScaleoutError; a TaskError when it was the stage callback that did not complete.
+        """
+        _require_model(model)
+
+        async def stage(models: StagedModels) -> tuple[ScaleoutModel, Outcome | None]:
+            staged = await models.stage(model)
+            try:
+                assert staged.model_id is not None
+                return staged, await models.warm(staged.model_id, task_id=uuid.uuid4().hex)
+            except BaseException:
+                staged.close()
+                raise
+
+        staged, outcome = self._run(stage)
+        if outcome is not None and not outcome.report.completed:
+            staged.close()
+            raise outcome.report.to_error()
+        return staged
+
+    def infer(self, model: ScaleoutModel | str, parameters: Any) -> Any:
+        """Run the inference callback in the model's process and return what it returned.
+
+        Raises a ScaleoutError; a TaskError when it was the callback that did not complete.
+        """
+        _require_model(model)
+        task_id = uuid.uuid4().hex
+        model_id = model if isinstance(model, str) else model.model_id or ""
+        request = RequestInfo(type=INFERENCE, correlation_id=task_id, model_id=model_id, round_id="", session_id="")
+        # Packed here: a large array must not hold up the loop, and errors belong to the caller.
+        packed = pack_plain(inference_arguments(parameters, request))
+        outcome = self._run(lambda models: models.infer(model, packed, task_id=task_id, on_record=self._on_record))
+        if outcome.report.completed:
+            return outcome.value
+        raise outcome.report.to_error()
+
+    def _run(self, act: Callable[[StagedModels], Coroutine[Any, Any, T]]) -> T:
+        loop, work = self._placed(act)
+        future = asyncio.run_coroutine_threadsafe(work, loop)
+        try:
+            return future.result()
+        except BaseException:
+            # Ctrl-C while it waits: nobody wants the answer any more.
+            future.cancel()
+            raise
+
+    def _placed(
+        self, act: Callable[[StagedModels], Coroutine[Any, Any, T]]
+    ) -> tuple[asyncio.AbstractEventLoop, Coroutine[Any, Any, T]]:
+        at_work = self._at_work()
+        if at_work is not None:
+            loop, service = at_work
+
+            async def when_ready() -> T:
+                await service.ready.wait()
+                return await act(service.models)
+
+            return loop, when_ready()
+        with self._lock:
+            if self._host is None:
+                plan = self._make_plan()
+                if plan.package is not None:
+                    raise ConfigError("the callbacks of a compute package are there while the client runs: call run")
+                self._host = _Host(plan, self._client(), self._fetch)
+            return self._host.loop, act(self._host.models)
+
+    def close(self) -> None:
+        """End the processes that hold models outside a client that runs; later calls start anew."""
+        with self._lock:
+            host, self._host = self._host, None
+        if host is not None:
+            host.close()
+
+
+class _Host:
+    """An executor on a loop of its own, on a thread, with the models that are staged there."""
+
+    loop: asyncio.AbstractEventLoop
+    models: StagedModels
+
+    def __init__(self, plan: ServicePlan, client: EdgeClient, fetch: Callable[[str], Awaitable[ScaleoutModel]]) -> None:
+        """Start it. Raises what kept it from starting."""
+        self._plan = plan
+        self._client = client
+        self._fetch = fetch
+        ready: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=self._work, args=(ready,), name="scaleout-inference", daemon=True)
+        self._thread.start()
+        ready.result()
+        atexit.register(self.close)
+
+    def _work(self, ready: concurrent.futures.Future[None]) -> None:
+        # The template's death signal is bound to the thread that starts it: this one, which lives as long as needed.
+        with asyncio.Runner() as runner:
+            self.loop = runner.get_loop()
+            try:
+                runner.run(self._open())
+            except BaseException as error:  # noqa: BLE001 - it is raised in the thread that wanted it
+                ready.set_exception(error)
+                return
+            ready.set_result(None)
+            self.loop.run_forever()
+
+    async def _open(self) -> None:
+        self._core = self._plan.make_core()
+        await self._core.start()
+        callbacks = CallbackTable(self._client, self._core.prepare)
+        self.models = StagedModels(self._core, callbacks, self._plan.inference, self._fetch)
+
+    async def _aclose(self) -> None:
+        await self._core.aclose("the program ends what it started for inference")
+        await self.models.aclose()
+
+    def close(self) -> None:
+        """Abort what runs and end all processes."""
+        atexit.unregister(self.close)
+        asyncio.run_coroutine_threadsafe(self._aclose(), self.loop).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+
+
+def _require_model(model: Any) -> None:
+    if not isinstance(model, ScaleoutModel | str) or not model:
+        raise ModelError(f"a model is a ScaleoutModel or the id of one, not {model!r}")
