@@ -28,7 +28,22 @@ def validate(model):
     return {"weight": float(model.get_training_model(helper)[0].ravel()[0])}
 
 
+staged = []
+
+
+def stage(model):
+    staged.append(float(model.get_training_model(helper)[0].ravel()[0]))
+
+
+def infer(model, parameters):
+    answer = staged[-1] * parameters["times"]
+    client.log_attributes({"answer": str(answer)})
+    return {"answer": answer}
+
+
 client = EdgeClient(train, validate)
+client.set_stage_model_callback(stage)
+client.set_inference_callback(infer)
 # Called again while the network starts up, as the published command line does.
 result, config = client.connect_to_api(
     url, {"name": name, "package": "local", "client_id": f"id-{name}"}, token or None

@@ -163,3 +163,30 @@ def test_a_published_client_with_a_wrong_token_is_turned_away(tmp_path):
             assert client.process.wait(40) != 0
         assert net.clients() == ()
         assert "invalid or expired" in client.output()
+
+
+@pytest.mark.parametrize("kind", [PublishedClient, OurClient])
+def test_published_clients_stage_a_model_and_are_asked(tmp_path, kind):
+    with (
+        LocalNetworkThread(tmp_path / "net", accepted_versions={"1.0.7"}) as net,
+        ScaleoutModel.from_training_model([np.full(3, 4, np.float32)]) as model,
+    ):
+        model_id = net.add_model(model)
+        with kind(net, tmp_path, "a", examples=1) as client:
+            net.wait_for_clients(1, timeout=40)
+            staged = net.issue(client.client_id, "Scaleout_StageModel", model_id=model_id).done(20)
+            asked = net.issue(
+                client.client_id, "Scaleout_Inference", model_id=model_id, data={"parameters": {"times": 3}}
+            ).done(20)
+            net.wait_for(
+                lambda event: isinstance(event, AttributeReceived) and event.attributes == {"answer": "12.0"},
+                timeout=10,
+            )
+            assert client.stop() == 0
+        assert (staged.status, asked.status) == ("COMPLETED", "COMPLETED")
+        # The published client drops what the callback returns.
+        assert asked.response == ({} if kind is PublishedClient else {"answer": 12.0})
+        # Where release 1.0.7 has it, and where 1.1 and we have it.
+        folder = ".model_cache" if kind is PublishedClient else ".scaleout/model_cache"
+        assert (tmp_path / "a" / folder / f"{model_id}.scm").exists()
+        assert len(net.events.of(ModelDownloaded)) == 1
