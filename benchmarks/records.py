@@ -21,6 +21,8 @@ from scaleout_mp.localnet.events import MetricReceived
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from scaleout_mp.localnet.events import Event
+
 PEER = "scaleout 1.0.7"
 PEER_PYTHON = Path(__file__).parents[1] / ".venv-compat" / "bin" / "python"
 HERE = Path(__file__).parent
@@ -38,27 +40,32 @@ class Bench:
     def __init__(self, net: LocalNetworkThread, published: subprocess.Popen[str]) -> None:
         self._net = net
         self._published = published
+        # The network's own log forgets the oldest.
+        self._moments: list[float] = []
+        net.events.subscribe(self._note)
 
     def ours(self, task: str, count: int) -> tuple[float, float]:
         """Have our client run a task; return its figure, and how many metrics arrived in a second."""
-        seen = len(self._net.events.of(MetricReceived))
         issued = self._net.issue("ours", f"Custom_{task}", data={"parameters": {"count": count}})
         outcome = issued.done(600)
         if outcome.status != "COMPLETED":
             raise RuntimeError(f"the task ended {outcome.status}: {outcome.response}")
-        return next(iter(outcome.response.values())), self._rate(seen, count)
+        return next(iter(outcome.response.values())), self._rate(count)
 
     def theirs(self, count: int, pause: float = 0.0) -> tuple[float, float]:
         """Have the published handler send; return the median of a call in microseconds, and the rate."""
-        seen = len(self._net.events.of(MetricReceived))
         assert self._published.stdin is not None
         assert self._published.stdout is not None
         self._published.stdin.write(f"{count} {pause}\n")
         self._published.stdin.flush()
-        return float(self._published.stdout.readline()), self._rate(seen, count)
+        return float(self._published.stdout.readline()), self._rate(count)
 
-    def _rate(self, seen: int, count: int) -> float:
-        moments = [event.monotonic for event in self._net.events.of(MetricReceived)[seen:]]
+    def _note(self, event: Event) -> None:
+        if isinstance(event, MetricReceived):
+            self._moments.append(event.monotonic)
+
+    def _rate(self, count: int) -> float:
+        moments, self._moments = self._moments, []
         if len(moments) != count:
             raise RuntimeError(f"{len(moments)} metrics arrived instead of {count}")
         return (count - 1) / (moments[-1] - moments[0])

@@ -296,6 +296,17 @@ class LogLine:
 Record = MetricRecord | AttributesRecord | TelemetryRecord | InferenceRecord | LogLine
 
 
+class RecordIds(Protocol):
+    """What says to which model, round and session a record belongs: RecordContext and LoggingContext both do."""
+
+    @property
+    def model_id(self) -> str | None: ...  # noqa: D102
+    @property
+    def round_id(self) -> str | None: ...  # noqa: D102
+    @property
+    def session_id(self) -> str | None: ...  # noqa: D102
+
+
 class TaskContext(Protocol):
     """What a running task can do towards its supervisor. The child side provides it."""
 
@@ -310,7 +321,7 @@ class TaskContext(Protocol):
         ...
 
     def log_metric(
-        self, metrics: Mapping[str, float], *, step: int | None = None, context: RecordContext | None = None
+        self, metrics: Mapping[str, float], *, step: int | None = None, context: RecordIds | None = None
     ) -> None:
         """Send metrics; returns as soon as they are in the channel."""
         ...

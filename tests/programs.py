@@ -356,3 +356,14 @@ def executor_inside(path):
         if path is not None:
             inner.submit(hang_with_family, path).result()
         return inner.submit(echo, 3).result()
+
+
+def log_much_and_die(count):
+    """Log metrics, and with them attributes and lines of the log; then be gone, without a word."""
+    task = current_task()
+    for step in range(count):
+        task.log_metric({"loss": 1.0}, step=step)
+        if step % 100 == 0:
+            task.log_attributes({"step": str(step)})
+            task.log_telemetry({"step": float(step)})
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -12,7 +12,7 @@ from scaleout_mp.client.inference_context import InferenceContext, task_inferenc
 from scaleout_mp.client.logging_context import LoggingContext, task_logging_context
 from scaleout_mp.client.values import attribute_values, inference_payload, metric_values
 from scaleout_mp.errors import NotConnectedError
-from scaleout_mp.task import RecordContext, current_task
+from scaleout_mp.task import current_task
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -71,7 +71,8 @@ class RecordLogging:
         true.
         """
         values = metric_values(metrics)
-        context = context or self.current_logging_context
+        if context is None:
+            context = self.current_logging_context
         if context is None:
             logger.error(
                 "metrics %s are not logged: this thread has no logging context; enter client.logging_context",
@@ -81,24 +82,21 @@ class RecordLogging:
             return False
         step = _checked_step(context.step if step is None else step)
         context.step = step + 1 if commit else step
-        taken = self._send_metric(values, step, context)
+        task = current_task()
+        if task is not None:
+            task.log_metric(values, step=step, context=context)
+            taken = True
+        else:
+            taken = self._runtime.send_metric(
+                metrics=values,
+                model_id=context.model_id,
+                step=step,
+                round_id=context.round_id,
+                session_id=context.session_id,
+            )
         if check_task_abort:
             self.check_task_abort()
         return taken
-
-    def _send_metric(self, values: dict[str, float], step: int, context: LoggingContext) -> bool:
-        task = current_task()
-        if task is not None:
-            ids = RecordContext(model_id=context.model_id, round_id=context.round_id, session_id=context.session_id)
-            task.log_metric(values, step=step, context=ids)
-            return True
-        return self._runtime.send_metric(
-            metrics=values,
-            model_id=context.model_id,
-            step=step,
-            round_id=context.round_id,
-            session_id=context.session_id,
-        )
 
     def log_attributes(self, attributes: Mapping[str, Any], check_task_abort: bool = True) -> bool:
         """Log attributes of this client, as strings; return whether they were taken.
@@ -167,7 +165,8 @@ class RecordLogging:
         """
         del priority
         text = inference_payload(payload)
-        context = context or self.current_inference_context
+        if context is None:
+            context = self.current_inference_context
         if context is None:
             logger.error(
                 "result %r is not logged: this thread has no inference context; enter client.inference_context",
@@ -188,6 +187,8 @@ class RecordLogging:
 
 
 def _checked_step(step: Any) -> int:
+    if type(step) is int and 0 <= step < 1 << 32:
+        return step
     try:
         number = operator.index(step)
     except TypeError:

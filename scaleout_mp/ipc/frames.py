@@ -41,6 +41,10 @@ class Kind(enum.IntEnum):
     PROGRESS = 22
     STATE = 23
     INFERENCE = 24
+    #: The memory in which records come from now on; see ring.py.
+    RING = 25
+    #: There may be records in it.
+    BELL = 26
     # Supervisor to template.
     SETUP = 32
     LOAD = 33
@@ -68,6 +72,20 @@ def encode(kind: Kind, *fields: Any, descriptors: int = 0) -> bytes:
     if len(body) > MAX_FRAME:
         raise ProtocolViolation(f"a {kind.name} frame of {len(body)} bytes is over the bound of {MAX_FRAME}")
     return _LENGTH.pack(len(body)) + body
+
+
+class Encoder:
+    """Does what `encode` does, without descriptors, for who sends many frames. Not safe for several threads at once."""
+
+    def __init__(self) -> None:
+        self._pack = msgpack.Packer().pack
+
+    def encode(self, kind: Kind, fields: tuple[Any, ...]) -> bytes:
+        """Return the bytes of one frame. Raises ProtocolViolation when it would be longer than MAX_FRAME."""
+        body: bytes = self._pack((kind, 0, *fields))
+        if len(body) > MAX_FRAME:
+            raise ProtocolViolation(f"a {kind.name} frame of {len(body)} bytes is over the bound of {MAX_FRAME}")
+        return _LENGTH.pack(len(body)) + body
 
 
 class FrameDecoder:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from scaleout_mp.errors import ProtocolViolation
 from scaleout_mp.ipc.channel import READ_SIZE, Receiver, close_all, readable, send_now
+from scaleout_mp.ipc.ring_inbox import RingInbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ class SupervisorChannel:
         self._loop = asyncio.get_running_loop()
         self._queue: collections.deque[tuple[memoryview, list[int]]] = collections.deque()
         self._open = True
+        self._inbox = RingInbox(self._loop, self._pass_on_records)
         self._loop.add_reader(sock.fileno(), self._read)
 
     def serve(self, on_frame: Callable[[Frame], None], on_closed: Callable[[ProtocolViolation | None], None]) -> None:
@@ -71,7 +73,9 @@ class SupervisorChannel:
 
     def _try_send(self, view: memoryview, descriptors: Sequence[int]) -> int | None:
         try:
-            return send_now(self._sock, view, descriptors)
+            sent = send_now(self._sock, view, descriptors)
+            self._inbox.tell_of_mail()
+            return sent
         except BlockingIOError:
             return 0
         except OSError:
@@ -107,7 +111,10 @@ class SupervisorChannel:
             return
         for position, frame in enumerate(frames):
             try:
-                self._on_frame(frame)
+                if not self._inbox.takes(frame):
+                    # What was in the ring came before it.
+                    self._pass_on(self._inbox.read_all())
+                    self._on_frame(frame)
             except ProtocolViolation as violation:
                 for unread in frames[position + 1 :]:
                     close_all(unread.descriptors)
@@ -115,6 +122,16 @@ class SupervisorChannel:
                 return
         if self._receiver.violation is not None:
             self.close(self._receiver.violation)
+
+    def _pass_on(self, frames: list[Frame]) -> None:
+        for frame in frames:
+            self._on_frame(frame)
+
+    def _pass_on_records(self) -> None:
+        try:
+            self._pass_on(self._inbox.read())
+        except ProtocolViolation as violation:
+            self.close(violation)
 
     def drain(self, most: int = 1 << 26) -> None:
         """Read what is in the socket now, up to `most` bytes' worth of reads; called once the child is dead."""
@@ -128,6 +145,13 @@ class SupervisorChannel:
         if not self._open:
             return
         self._open = False
+        if violation is None:
+            # Its other end is closed, by its death as a rule: what it has logged counts.
+            try:
+                self._pass_on(self._inbox.read_all())
+            except ProtocolViolation as last:
+                violation = last
+        self._inbox.close()
         self._loop.remove_reader(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())
         for _, descriptors in self._queue:

@@ -67,6 +67,16 @@ class Failure:
 RECORD_KINDS: Final = frozenset({Kind.METRIC, Kind.ATTRIBUTES, Kind.TELEMETRY, Kind.INFERENCE, Kind.LOG})
 
 
+def plain_numbers(values: Any) -> bool:
+    """Say whether a record may be sent as it is: a dict of floats, its keys short strings, and not too many."""
+    if type(values) is not dict or len(values) > MAX_KEYS:
+        return False
+    for key, value in values.items():
+        if type(value) is not float or type(key) is not str or len(key) > MAX_NAME:
+            return False
+    return True
+
+
 def _require(condition: bool, what: str) -> None:
     if not condition:
         raise ProtocolViolation(what)

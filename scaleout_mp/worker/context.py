@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from scaleout_mp.errors import ChannelError, StoppedException
 from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.frames import Kind
-from scaleout_mp.ipc.messages import MAX_KEYS, MAX_NAME, MAX_PAYLOAD, MAX_STEP, MAX_VALUE
-from scaleout_mp.task import RecordContext, set_current_task
+from scaleout_mp.ipc.messages import MAX_KEYS, MAX_NAME, MAX_PAYLOAD, MAX_STEP, MAX_VALUE, plain_numbers
+from scaleout_mp.task import set_current_task
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from scaleout_mp.ipc.frames import Frame
+    from scaleout_mp.task import RecordIds
 
 #: A log message longer than this is cut, in characters.
 MAX_LOG_MESSAGE: Final = 1 << 14
@@ -27,6 +28,7 @@ class Line(Protocol):
     """What a context needs of a channel."""
 
     def send(self, frame: bytes, descriptors: Sequence[int] = ()) -> None: ...  # noqa: D102
+    def record(self, kind: Kind, *fields: Any) -> None: ...  # noqa: D102
     def receive_ready(self) -> Frame | None: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
 
@@ -81,13 +83,14 @@ class ChannelContext:
             self._show_progress()
 
     def log_metric(
-        self, metrics: Mapping[str, float], *, step: int | None = None, context: RecordContext | None = None
+        self, metrics: Mapping[str, float], *, step: int | None = None, context: RecordIds | None = None
     ) -> None:
         """Send metrics; raises TypeError that names a key whose value is no number, and ValueError."""
         if step is not None and (type(step) is not int or not 0 <= step <= MAX_STEP):
             raise ValueError(f"step must be a whole number from 0 to 2**32 - 1, not {step!r}")
         where = None if context is None else [context.model_id, context.round_id, context.session_id]
-        self._channel.send(frames.encode(Kind.METRIC, _numbers(metrics), step, where, time.time()))
+        numbers = metrics if plain_numbers(metrics) else _numbers(metrics)
+        self._channel.record(Kind.METRIC, numbers, step, where, time.time())
 
     def log_attributes(self, attributes: Mapping[str, str]) -> None:
         """Send attributes; values become strings."""
@@ -96,23 +99,23 @@ class ChannelContext:
         too_long = next((key for key, value in values.items() if len(value) > MAX_VALUE), None)
         if too_long is not None:
             raise ValueError(f"attribute {too_long!r} is longer than {MAX_VALUE} characters")
-        self._channel.send(frames.encode(Kind.ATTRIBUTES, values, time.time()))
+        self._channel.record(Kind.ATTRIBUTES, values, time.time())
 
     def log_telemetry(self, telemetry: Mapping[str, float]) -> None:
         """Send telemetry; raises TypeError that names a key whose value is no number."""
-        self._channel.send(frames.encode(Kind.TELEMETRY, _numbers(telemetry), time.time()))
+        self._channel.record(Kind.TELEMETRY, _numbers(telemetry), time.time())
 
     def log_inference_result(self, key: str, payload: str, *, inference_id: str, model_id: str) -> None:
         """Send a result of an inference; `payload` is a JSON object. Raises ValueError when something is too long."""
         if len(payload) > MAX_PAYLOAD:
             raise ValueError(f"a result of inference is longer than {MAX_PAYLOAD} characters")
         ids = [_name(key), _name(inference_id), _name(model_id)]
-        self._channel.send(frames.encode(Kind.INFERENCE, *ids, payload, time.time()))
+        self._channel.record(Kind.INFERENCE, *ids, payload, time.time())
 
     def log_line(self, record: logging.LogRecord, message: str) -> None:
         """Send a record of the logging module."""
         cut = message[:MAX_LOG_MESSAGE]
-        self._channel.send(frames.encode(Kind.LOG, record.name[:256], record.levelno, cut, record.created))
+        self._channel.record(Kind.LOG, record.name[:256], record.levelno, cut, record.created)
 
     def check_abort(self) -> None:
         """Raise StoppedException when the task was asked to stop. Outside the task's main thread: do nothing."""

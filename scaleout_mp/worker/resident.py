@@ -46,6 +46,12 @@ class _TaskChannel:
                 raise StoppedException("the task that this thread belongs to is over")
             self._channel.send(frame, descriptors)
 
+    def record(self, kind: Kind, *fields: Any) -> None:
+        with self._lock:
+            if self._over:
+                raise StoppedException("the task that this thread belongs to is over")
+            self._channel.record(kind, *fields)
+
     def end(self) -> None:
         with self._lock:
             self._over = True

@@ -33,7 +33,7 @@ from scaleout_mp.errors import ValueNotSendable
 from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.frames import Kind
 from scaleout_mp.sandbox.cgroup import MemoryGroups, remove_left_over
-from scaleout_mp.task import MetricRecord, StopStage
+from scaleout_mp.task import AttributesRecord, MetricRecord, StopStage, TelemetryRecord
 
 MIB = 1 << 20
 
@@ -273,6 +273,28 @@ def test_metrics_just_before_a_sigkill_arrive(executor):
     report = task.report()
     assert (report.reason, report.signal, report.last_step) == (EndReason.CRASHED, "SIGKILL", 41)
     assert report.stopped_by is None
+
+
+@pytest.mark.parametrize("limits", [Limits(), Limits(file_size=4096)], ids=["ring", "no ring"])
+def test_all_that_was_logged_before_a_sigkill_counts_and_keeps_its_order(executor, limits):
+    task = executor.submit(programs.log_much_and_die, 5000, limits=limits)
+    expected = []
+    for step in range(5000):
+        expected.append(step)
+        if step % 100 == 0:
+            expected += [{"step": str(step)}, {"step": float(step)}]
+    seen = []
+    for record in task.records():
+        match record:
+            case MetricRecord(step=step):
+                seen.append(step)
+            case AttributesRecord(attributes=attributes):
+                seen.append(attributes)
+            case TelemetryRecord(telemetry=telemetry):
+                seen.append(telemetry)
+    assert seen == expected
+    assert task.report().signal == "SIGKILL"
+    assert task.report().last_step == 4999
 
 
 def test_many_metrics_before_a_sigkill_arrive_in_order(executor):

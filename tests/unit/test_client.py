@@ -13,7 +13,7 @@ import pytest
 from scaleout_mp.client import ConnectToApiResult, EdgeClient, GrpcConnectionOptions, LoggingContext
 from scaleout_mp.client.logging_context import entered_task
 from scaleout_mp.errors import ConfigError, NotConnectedError, StoppedException
-from scaleout_mp.task import RecordContext, set_current_task
+from scaleout_mp.task import set_current_task
 
 
 class RecordingRuntime:
@@ -270,8 +270,10 @@ def test_in_a_task_logs_go_to_the_task(client, runtime, in_task):
     client.log_metric({"a": 1}, context=context(step=2))
     client.log_attributes({"b": 2})
     client.log_telemetry({"c": 3}, check_task_abort=False)
-    ids = RecordContext(model_id="m", round_id="r", session_id="s")
-    assert in_task.sent == [({"a": 1.0}, 2, ids), {"b": "2"}, {"c": 3.0}]
+    (values, step, ids), *others = in_task.sent
+    assert (values, step) == ({"a": 1.0}, 2)
+    assert (ids.model_id, ids.round_id, ids.session_id) == ("m", "r", "s")
+    assert others == [{"b": "2"}, {"c": 3.0}]
     assert in_task.checks == 2
     assert runtime.sent == []
 
