@@ -13,7 +13,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 def lines(seen: Mapping[str, Any]) -> list[str]:
     """Return the lines, safe to print: what tasks and servers named may hold anything."""
-    link = "connected" if seen["connected"] else "no connection"
+    link = _link(seen)
     who = f"client {seen['name']} ({seen['client_id']}), pid {seen['pid']}"
     shown = [f"{who}: {link}, {seen['pending_messages']} messages wait"]
     shown += [_task(task) for task in seen["tasks"]] or ["no task"]
@@ -24,12 +24,27 @@ def lines(seen: Mapping[str, Any]) -> list[str]:
     return [_plain(line) for line in shown]
 
 
+def _link(seen: Mapping[str, Any]) -> str:
+    if not seen["connected"]:
+        return "no connection"
+    trip = seen["round_trip"]
+    return f"connected, link {seen['link']}" + ("" if trip is None else f" (round trip {trip * 1e3:.0f} ms)")
+
+
 def _task(task: Mapping[str, Any]) -> str:
     limit = task["memory_limit"]
     memory = _size(task["memory_now"]) + (f" of {_size(limit)}" if limit else "")
     metrics = ", ".join(f"{key} {value:.4g}" for key, value in list(task["last_metrics"].items())[:4])
     step = "" if task["last_step"] is None else f" step {task['last_step']}"
-    return f"task {task['correlation_id']} {task['type']}: {task['phase']}, {memory}{step} {metrics}".rstrip()
+    phase = task["phase"] + _moved(task)
+    return f"task {task['correlation_id']} {task['type']}: {phase}, {memory}{step} {metrics}".rstrip()
+
+
+def _moved(task: Mapping[str, Any]) -> str:
+    if task["moved"] is None:
+        return ""
+    total = task["to_move"]
+    return f" {_size(task['moved'])}" + (f" of {_size(total)} ({task['moved'] / total:.0%})" if total else "")
 
 
 def _size(count: float) -> str:

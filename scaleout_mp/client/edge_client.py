@@ -162,6 +162,12 @@ class EdgeClient(RecordLogging, InferenceClient):
             self._given_runtime = cast("EdgeClientRuntime", supervisor.GrpcEdgeClientRuntime(self))
         return self._given_runtime
 
+    @property
+    def link_quality(self) -> str:
+        """How good the link to the combiner is: "healthy" or "degraded"."""
+        quality: str = getattr(self._runtime, "link_quality", "healthy")
+        return quality
+
     def connect_to_api(
         self,
         url: str,

@@ -84,7 +84,9 @@ class ModelUpdateJob(Job):
         """Upload the result and say so; it is kept on the disk meanwhile."""
         seconds = _Stopwatch()
         self._require_not_aborted()
+        self.moving = update_id
         await self._phase(self._resources.transfer.upload(model), Phase.UPLOADING)
+        self.moving = None
         meta = meta | {"upload_model": seconds.lap()}
         if keeping is not None:
             # Noted first: what is noted as kept after it was noted as sent would be sent once more.

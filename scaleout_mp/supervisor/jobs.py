@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from scaleout_mp.task import ExitReport, Record
     from scaleout_mp.transport.message import Ticket
     from scaleout_mp.transport.outbox import Outbox
+    from scaleout_mp.transport.progress import Progress
     from scaleout_mp.transport.transfer import ModelTransfer
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,8 @@ class Job(abc.ABC):
         self.phase = Phase.PENDING
         self.last_metric: MetricRecord | None = None
         self.execution: Execution | None = None
+        #: Id of the model that is on its way; None when none is.
+        self.moving: str | None = None
         self._resources = resources
         self._on_start = on_start
         #: In the executor's line, from the first moment until the result is on its way.
@@ -146,6 +149,11 @@ class Job(abc.ABC):
     def correlation_id(self) -> str:
         """The id under which the server knows the task."""
         return self.request.correlation_id
+
+    @property
+    def progress(self) -> Progress | None:
+        """How far the model on its way has come. From any thread."""
+        return None if self.moving is None else self._resources.transfer.progress(self.moving)
 
     def abort(self, origin: AbortOrigin, reason: str) -> None:
         """Ask the job to end, in whatever phase it is. Further calls change nothing."""
@@ -300,7 +308,11 @@ class Job(abc.ABC):
         if not self.request.model_id:
             raise JobFailedError("the server sent a task without a model id")
         self._require_not_aborted()
-        return await self._phase(self._resources.transfer.download(self.request.model_id), Phase.DOWNLOADING)
+        self.moving = self.request.model_id
+        try:
+            return await self._phase(self._resources.transfer.download(self.moving), Phase.DOWNLOADING)
+        finally:
+            self.moving = None
 
     async def _execute(self, *args: Any, call: PreparedCallable | None = None, limits: Limits | None = None) -> Any:
         """Run the callback in a process that may die and return its value; `call`: what was prepared before."""

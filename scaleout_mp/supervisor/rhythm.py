@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-async def keep_calling(what: str, interval: float, act: Callable[[], Awaitable[None]], calls: CombinerCalls) -> None:
-    """Await `act()` every `interval` seconds, start to start, for ever.
+async def keep_calling(
+    what: str, interval: float | Callable[[], float], act: Callable[[], Awaitable[None]], calls: CombinerCalls
+) -> None:
+    """Await `act()` every `interval` seconds, start to start, for ever; a function is asked anew each time.
 
     No failure ends the loop: the next attempt comes after a backoff that starts well below the interval of a healthy
     link, so that an outage is not prolonged, and grows, so that a server in trouble is left in peace.
@@ -25,7 +27,7 @@ async def keep_calling(what: str, interval: float, act: Callable[[], Awaitable[N
     loop = asyncio.get_running_loop()
     failures = 0
     while True:
-        due = loop.time() + interval
+        due = loop.time() + (interval() if callable(interval) else interval)
         try:
             await act()
             failures = 0

@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from scaleout_mp.supervisor.jobs import Job
     from scaleout_mp.supervisor.package_callbacks import PackageSource
     from scaleout_mp.supervisor.state import KeptId, StateFolder
+    from scaleout_mp.transport.link_quality import LinkState
     from scaleout_mp.transport.message import MessageKind
     from scaleout_mp.transport.signatures import TrustedSigners
 
@@ -452,6 +453,11 @@ class GrpcEdgeClientRuntime:
             with self._lock:
                 self._own_early.append(order)
         return task
+
+    @property
+    def link_quality(self) -> LinkState:
+        """How good the link to the combiner is."""
+        return self.snapshot().link
 
     # What the program logs outside any task
 

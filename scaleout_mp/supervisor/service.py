@@ -34,6 +34,7 @@ from scaleout_mp.task import AbortOrigin
 from scaleout_mp.transport.journal import Journal
 from scaleout_mp.transport.message import MessageKind
 from scaleout_mp.transport.outbox import Outbox
+from scaleout_mp.wire import methods
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -216,7 +217,9 @@ class ClientService:
     async def _serve(self) -> None:
         """Work until told to end. Raises what ended a loop that should not have."""
         work = [asyncio.create_task(self._take_tasks(), name="tasks")]
+        work.append(asyncio.create_task(self._calls.watch_channel(), name="channel"))
         if self._plan.with_heartbeat:
+            self._calls.probe = methods.SEND_HEARTBEAT
             beat = vitals.send_heartbeats(
                 self._calls, client_id=self._plan.client_id, interval=self._plan.heartbeat_interval
             )
@@ -354,6 +357,8 @@ class ClientService:
             name=self._plan.name,
             client_id=self._plan.client_id,
             connected=not self._calls.link.down,
+            link=self._calls.link.quality.state,
+            round_trip=self._calls.link.quality.round_trip,
             pending_messages=self._outbox.counts.pending,
             tasks=tuple(task_snapshot(job) for job, _ in list(self._jobs.values())),
         )

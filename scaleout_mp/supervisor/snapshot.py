@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from scaleout_mp.transport.link_quality import LinkState
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -29,6 +31,9 @@ class TaskSnapshot:
     memory_peak: int = 0
     #: Bytes; None: no limit.
     memory_limit: int | None = None
+    #: Bytes of the model that have come or gone, while it is downloading or uploading, and of how many; None: unknown.
+    moved: int | None = None
+    to_move: int | None = None
     last_metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     last_step: int | None = None
 
@@ -43,12 +48,15 @@ class ClientSnapshot:
     connected: bool
     #: Messages that wait for the combiner.
     pending_messages: int
+    link: LinkState = LinkState.HEALTHY
+    #: Seconds, median of the last; None before there was one.
+    round_trip: float | None = None
     tasks: tuple[TaskSnapshot, ...] = ()
 
 
 def task_snapshot(job: Job) -> TaskSnapshot:
     """Return what is to be seen of a job."""
-    request, execution, metric = job.request, job.execution, job.last_metric
+    request, execution, metric, progress = job.request, job.execution, job.last_metric, job.progress
     return TaskSnapshot(
         correlation_id=request.correlation_id,
         type=request.type,
@@ -60,6 +68,8 @@ def task_snapshot(job: Job) -> TaskSnapshot:
         memory_now=0 if execution is None else execution.memory_now,
         memory_peak=0 if execution is None else execution.memory_peak,
         memory_limit=None if execution is None else execution.memory_limit,
+        moved=None if progress is None else progress.done,
+        to_move=None if progress is None else progress.total,
         last_metrics={} if metric is None else metric.metrics,
         last_step=None if metric is None else metric.step,
     )

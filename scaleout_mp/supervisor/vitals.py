@@ -11,6 +11,7 @@ from scaleout_mp.errors import CallError
 from scaleout_mp.supervisor import messages
 from scaleout_mp.supervisor.rhythm import keep_calling
 from scaleout_mp.task import TelemetryRecord
+from scaleout_mp.transport.link_quality import LinkState
 from scaleout_mp.wire import edge_pb2 as pb
 from scaleout_mp.wire import methods
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Seconds between two looks at the machine.
 TELEMETRY_INTERVAL: Final = 5.0
+#: The same over a degraded link, which has more important things to carry.
+TELEMETRY_INTERVAL_DEGRADED: Final = 30.0
 #: Seconds between two reports of what waits for the server.
 BACKLOG_INTERVAL: Final = 30.0
 
@@ -64,7 +67,7 @@ def _milliseconds(seconds: float) -> int:
 
 
 async def send_machine_telemetry(calls: CombinerCalls, outbox: Outbox, *, client_id: str) -> None:
-    """Send use of memory and processor in percent every five seconds, for ever."""
+    """Send use of memory and processor in percent every five seconds, less often over a degraded link, for ever."""
     # The first figure is the use since the call before, which there was not.
     psutil.cpu_percent()
 
@@ -78,4 +81,8 @@ async def send_machine_telemetry(calls: CombinerCalls, outbox: Outbox, *, client
         if message is not None and not calls.link.down:
             outbox.put(*message)
 
-    await keep_calling("machine telemetry", TELEMETRY_INTERVAL, look, calls)
+    def interval() -> float:
+        healthy = calls.link.quality.state is LinkState.HEALTHY
+        return TELEMETRY_INTERVAL if healthy else TELEMETRY_INTERVAL_DEGRADED
+
+    await keep_calling("machine telemetry", interval, look, calls)

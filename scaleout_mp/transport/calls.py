@@ -101,6 +101,8 @@ class CombinerCalls:
         self._callables: dict[str, Any] = {}
         #: Calls that the server does not have, and after how many outages it said so: another one may come back.
         self._lacking: dict[str, int] = {}
+        #: The call whose round trips say how good the link is.
+        self.probe: Method = methods.POLL_AND_REPORT
 
     def delay(self, failures: int) -> float:
         """Return the seconds to wait after that many failures in a row."""
@@ -164,7 +166,11 @@ class CombinerCalls:
         call = self.multicallable(method)
 
         async def attempt(metadata: tuple[tuple[str, str], ...]) -> Any:
-            return await call(request, metadata=metadata, timeout=within)
+            begun = asyncio.get_running_loop().time()
+            answer = await call(request, metadata=metadata, timeout=within)
+            if method is self.probe:
+                self.link.quality.measured(asyncio.get_running_loop().time() - begun)
+            return answer
 
         answer = await self.authorized(method, attempt)
         if answer is None:
@@ -263,6 +269,14 @@ class CombinerCalls:
                 method.path, request_serializer=_wire_form, response_deserializer=method.response.FromString
             )
         return known
+
+    async def watch_channel(self) -> None:
+        """Have the link's quality know of each change of the channel's state, until cancelled."""
+        state = self._channel.get_state()
+        while state is not grpc.ChannelConnectivity.SHUTDOWN:
+            self.link.quality.channel(failing=state is grpc.ChannelConnectivity.TRANSIENT_FAILURE)
+            await self._channel.wait_for_state_change(state)
+            state = self._channel.get_state()
 
     async def aclose(self) -> None:
         """Close the channel; calls under way are cancelled."""

@@ -6,6 +6,8 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from scaleout_mp.transport.link_quality import LinkQuality
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -20,6 +22,8 @@ class LinkWatch:
         self._clock = clock
         self._repeat_level = repeat_level
         self._down_since: float | None = None
+        #: Whether it answers well.
+        self.quality = LinkQuality(clock)
         #: How many outages there were so far: after one, the server may be another.
         self.outages = 0
 
@@ -30,6 +34,7 @@ class LinkWatch:
 
     def failed(self, what: str, error: Exception, again_in: float) -> None:
         """Note a failed call that is tried again in `again_in` seconds."""
+        self.quality.failed()
         level = self._repeat_level if self.down else logging.WARNING
         if self._down_since is None:
             self._down_since = self._clock()
@@ -45,6 +50,7 @@ class LinkWatch:
 
     def succeeded(self) -> None:
         """Note a call that was answered."""
+        self.quality.answered()
         if self._down_since is not None:
             away = self._clock() - self._down_since
             self._down_since = None

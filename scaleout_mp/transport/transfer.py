@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,6 +14,7 @@ from scaleout_mp.model import MemoryWriter, ScaleoutModel
 from scaleout_mp.model.memfd import DEFAULT_MAX_SIZE
 from scaleout_mp.transport.aside import close_aside, closing_aside
 from scaleout_mp.transport.channel import END
+from scaleout_mp.transport.progress import Progress
 from scaleout_mp.wire import edge_pb2 as pb
 from scaleout_mp.wire import methods
 
@@ -71,6 +73,21 @@ class ModelTransfer:
         self._max_size = max_size
         self._check = check
         self._shared: dict[str, _SharedDownload] = {}
+        self._under_way: dict[str, Progress] = {}
+
+    def progress(self, model_id: str) -> Progress | None:
+        """Return how far a model has come that is on its way up or down. From any thread."""
+        return self._under_way.get(model_id)
+
+    @contextlib.contextmanager
+    def _followed(self, verb: str, model_id: str, total: int | None = None) -> Iterator[Progress]:
+        progress = self._under_way[model_id] = Progress(verb, model_id, total)
+        try:
+            yield progress
+            progress.finish()
+        finally:
+            if self._under_way.get(model_id) is progress:
+                del self._under_way[model_id]
 
     async def download(self, model_id: str) -> ScaleoutModel:
         """Return the model, whole and in sealed memory; who asks for it at the same time shares download and memory.
@@ -94,7 +111,8 @@ class ModelTransfer:
                 await shared.close()
 
     async def _download(self, model_id: str) -> ScaleoutModel:
-        model = await self._download_whole(model_id)
+        with self._followed("downloaded", model_id) as progress:
+            model = await self._download_whole(model_id, progress)
         if self._check is not None:
             try:
                 await self._check(model, model_id)
@@ -103,12 +121,12 @@ class ModelTransfer:
                 raise
         return model
 
-    async def _download_whole(self, model_id: str) -> ScaleoutModel:
+    async def _download_whole(self, model_id: str, progress: Progress) -> ScaleoutModel:
         failed: Exception | None = None
         for attempt in range(1, TRIES + 1):
             try:
                 return await self._calls.retried(
-                    methods.DOWNLOAD.name, lambda: self._download_once(model_id), attempts=None
+                    methods.DOWNLOAD.name, lambda: self._download_once(model_id, progress), attempts=None
                 )
             except _BrokenTransferError as error:
                 failed = error
@@ -126,15 +144,16 @@ class ModelTransfer:
                 raise
         raise ModelTransferError(f"model {model_id} arrived broken {TRIES} times: {failed}") from failed
 
-    async def _download_once(self, model_id: str) -> ScaleoutModel:
+    async def _download_once(self, model_id: str, progress: Progress) -> ScaleoutModel:
         call = self._calls.multicallable(methods.DOWNLOAD)
 
         async def attempt(metadata: Metadata) -> tuple[MemoryWriter, str | None]:
             # Each attempt begins with empty memory: what a broken one left is no part of the model.
             writer = MemoryWriter(max_size=self._max_size)
             stream = call(pb.ModelRequest(model_id=model_id), metadata=metadata)
+            progress.again()
             try:
-                await _receive(stream, writer)
+                await _receive(stream, writer, progress)
                 return writer, _checksum(await stream.trailing_metadata())
             except BaseException:
                 close_aside(writer)
@@ -164,10 +183,14 @@ class ModelTransfer:
         if model_id is None:
             raise ModelTransferError("a model without an id cannot be uploaded")
         checksum = await asyncio.to_thread(lambda: model.checksum)
+        with self._followed("uploaded", model_id, model.size) as progress:
+            await self._upload(model, model_id, checksum, progress)
+
+    async def _upload(self, model: ScaleoutModel, model_id: str, checksum: str, progress: Progress) -> None:
         said = ""
         for attempt in range(1, TRIES + 1):
             answer = await self._calls.retried(
-                methods.UPLOAD.name, lambda: self._upload_once(model, model_id, checksum), attempts=None
+                methods.UPLOAD.name, lambda: self._upload_once(model, model_id, checksum, progress), attempts=None
             )
             if answer.status == pb.ModelStatus.OK:
                 return
@@ -184,19 +207,22 @@ class ModelTransfer:
                 await self._calls.sleep(self._calls.delay(attempt))
         raise ModelTransferError(f"the server did not take model {model_id}, {TRIES} times: {said}")
 
-    async def _upload_once(self, model: ScaleoutModel, model_id: str, checksum: str) -> pb.ModelResponse:
+    async def _upload_once(
+        self, model: ScaleoutModel, model_id: str, checksum: str, progress: Progress
+    ) -> pb.ModelResponse:
         call = self._calls.multicallable(methods.UPLOAD, serializer=serialize_chunk)
 
         async def attempt(metadata: Metadata) -> Any:
             with_id = (*metadata, ("model-id", model_id), ("checksum", checksum))
-            return await call(_chunks(model.iter_chunks(CHUNK)), metadata=with_id)
+            progress.again()
+            return await call(_chunks(model.iter_chunks(CHUNK), progress), metadata=with_id)
 
         answer: pb.ModelResponse = await self._calls.authorized(methods.UPLOAD, attempt)
         self._calls.link.succeeded()
         return answer
 
 
-async def _receive(stream: Any, writer: MemoryWriter) -> None:
+async def _receive(stream: Any, writer: MemoryWriter, progress: Progress) -> None:
     """Write a stream's bytes to memory; hashing and copying happen off the loop, in batches."""
     batch: list[bytes] = []
     size = 0
@@ -215,6 +241,7 @@ async def _receive(stream: Any, writer: MemoryWriter) -> None:
         if not done:
             batch.append(message.data)
             size += len(message.data)
+            progress.add(len(message.data))
         if batch and (done or size >= _BATCH):
             await asyncio.to_thread(_write_all, writer, batch)
             batch, size = [], 0
@@ -253,9 +280,10 @@ def _checksum(trailing: Any) -> str | None:
     return None
 
 
-async def _chunks(views: Iterator[memoryview]) -> AsyncIterator[memoryview]:
+async def _chunks(views: Iterator[memoryview], progress: Progress) -> AsyncIterator[memoryview]:
     for view in views:
         yield view
+        progress.add(len(view))
 
 
 def serialize_chunk(data: memoryview | bytes) -> bytes:

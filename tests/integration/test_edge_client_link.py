@@ -190,6 +190,18 @@ def test_a_task_runs_on_through_an_outage_and_all_is_delivered_in_order(net, mod
     assert len([record for record in warnings if record.levelno == logging.WARNING]) <= 3
 
 
+def test_a_link_that_fails_is_degraded_until_it_has_answered_for_a_while(net, caplog):
+    caplog.set_level(logging.INFO)
+    with RunningClient(net) as edge:
+        wait_until(lambda: edge.runtime.snapshot().round_trip, what="a round trip")
+        assert edge.client.link_quality == "healthy"
+        net.stop_combiner()
+        wait_until(lambda: edge.client.link_quality == "degraded", what="the channel's failure")
+        net.restart_combiner()
+        wait_until(lambda: edge.client.link_quality == "healthy", seconds=15, what="five good round trips")
+    assert caplog.text.count("the link is degraded: the channel cannot connect") == 1
+
+
 def test_a_token_that_expires_or_is_refused_is_replaced(locked_net):
     told = []
     net = locked_net

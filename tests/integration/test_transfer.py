@@ -14,7 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from edge_running import POLLING, RunningClient
-from observing import open_descriptors
+from observing import open_descriptors, wait_until
 
 from scaleout_mp import (
     ConfigError,
@@ -211,6 +211,24 @@ def grows(model, settings):
         ScaleoutModel.from_training_model([weights], compression="stored"),
         {"training_metadata": {"num_examples": 1}},
     )
+
+
+def test_how_far_an_upload_has_come_is_to_be_seen(net):
+    net.faults.add("Upload", Fault(delay=1.0))
+    with RunningClient(net) as edge:
+        edge.client.set_train_callback(grows)
+        task = edge.issue(model_id=add_model(net), settings={"mib": 16})
+
+        def uploading():
+            return next((one for one in edge.runtime.snapshot().tasks if one.moved is not None), None)
+
+        # As much as gRPC takes while the server does not read.
+        seen = wait_until(lambda: (one := uploading()) and one.to_move and one.moved and one, seconds=20)
+        assert end_of(net, task).status == "COMPLETED"
+        assert uploading() is None
+    assert seen.phase == "uploading"
+    assert 0 < seen.moved <= seen.to_move
+    assert seen.to_move > 16 * MIB
 
 
 def test_polls_and_heartbeats_are_on_time_beside_a_large_upload_and_download(net):
