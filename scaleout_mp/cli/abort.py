@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from scaleout_mp.cli.control import ask, find_client
 from scaleout_mp.cli.options import debug_option
+from scaleout_mp.control import ask, find_client
 
 
 @click.command(short_help="Abort one task of a running client.")

@@ -20,6 +20,9 @@ EXIT_USAGE: Final = 2
 #: What shells report for a program that Ctrl-C ended.
 EXIT_INTERRUPTED: Final = 130
 
+#: What a group without a command raises, from click 8.2 on; older ones print the help themselves.
+_HELP: Final = getattr(click.exceptions, "NoArgsIsHelpError", ())
+
 #: The module of each command, whose function has the same name, and its line in the help.
 _COMMANDS: Final[Mapping[str, str]] = {
     "abort": "Abort one task of a running client.",
@@ -29,9 +32,9 @@ _COMMANDS: Final[Mapping[str, str]] = {
     "doctor": "Say what this machine offers for confining tasks, and how to get more.",
     "localnet": "Start a local Scaleout Edge network.",
     "run": "Run one function in a confined process of its own.",
-    "status": "Show a running client: link, tasks, recent deaths.",
+    "status": "Show the running clients: link, tasks, recent deaths.",
     "stop": "End a running client.",
-    "top": "Watch a running client.",
+    "top": "Watch the running clients.",
 }
 
 
@@ -80,7 +83,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app.main(args=arguments, prog_name="scaleout-mp", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        if isinstance(error, _HELP):
+            error.show()
+        else:
+            sys.stderr.write(f"error: {_usage_line(error)}\n")
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         return EXIT_INTERRUPTED
@@ -90,6 +96,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {_one_line(error)}\n")
         return EXIT_USAGE if isinstance(error, MissingExtraError) else EXIT_FAILED
     return code if isinstance(code, int) else 0
+
+
+def _usage_line(error: click.ClickException) -> str:
+    said = " ".join(error.format_message().split())
+    context = getattr(error, "ctx", None)
+    return said if context is None else f"{said.rstrip('.')}; see {context.command_path} --help"
 
 
 def _one_line(error: Exception) -> str:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from scaleout_mp.cli.client_options import client_options, complete_address, given_options
-from scaleout_mp.cli.control import ControlSocket
 from scaleout_mp.cli.options import debug_option
+from scaleout_mp.control import ControlSocket
 from scaleout_mp.errors import ConfigError, TransportError
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ import select
 
 import click
 
-from scaleout_mp.cli.control import ask, find_client
 from scaleout_mp.cli.options import debug_option
+from scaleout_mp.control import ask, find_client
 from scaleout_mp.errors import ControlError
 
 

@@ -2,55 +2,91 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import sys
 import time
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from scaleout_mp.cli.control import ask, find_client
 from scaleout_mp.cli.options import debug_option
-from scaleout_mp.cli.status_view import lines
+from scaleout_mp.cli.status_view import can_draw, lines, tables
+from scaleout_mp.control import ask, find_clients
 from scaleout_mp.errors import ControlError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-@click.command(short_help="Watch a running client.")
-@click.option("-n", "--name", help="The client's name, where several run.")
+    Show = Callable[[Sequence[Mapping[str, Any]]], None]
+
+
+@click.command(short_help="Watch the running clients.")
+@click.option("-n", "--name", help="The client's name.  [default: all that run]")
 @click.option(
     "--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Seconds between two looks."
 )
 @click.option("--count", type=click.IntRange(min=1), help="Look so many times, then end.")
-@click.option("--json", "as_json", is_flag=True, help="Write a line of JSON for each look.")
+@click.option("--json", "as_json", is_flag=True, help="Write a line of JSON for each client and look.")
 @debug_option
 def top(*, name: str | None, interval: float, count: int | None, as_json: bool) -> int:
-    """Watch a client that runs on this machine until it ends: what `status` shows, again and again. Ctrl-C leaves.
+    """Watch the clients that run on this machine until they end: link, tasks, memory, metrics, recent deaths.
+
+    A table on a terminal, plain lines elsewhere. Ctrl-C leaves; the clients go on.
 
     \b
     Examples:
       scaleout-mp top
+      scaleout-mp top --name hospital-a
       scaleout-mp top --interval 5 --json
     """  # noqa: D301 - click reads the \b
-    path = find_client(name)
-    live = sys.stdout.isatty() and not as_json
+    seen = _look(name)
     looks = 0
-    while True:
-        try:
-            seen = ask(path, "status")
-        except ControlError:
-            if looks == 0:
-                raise
-            click.echo("the client ended", err=True)
-            return 0
-        looks += 1
-        if as_json:
-            click.echo(json.dumps(seen))
-        else:
-            if live:
-                click.clear()
-            click.echo("\n".join(lines(seen)))
-        if looks == count:
-            return 0
-        try:
+    with contextlib.suppress(KeyboardInterrupt), _view(as_json=as_json) as show:
+        while seen:
+            show(seen)
+            looks += 1
+            if looks == count:
+                break
             time.sleep(interval)
-        except KeyboardInterrupt:
-            return 0
+            seen = _look_again(name)
+    if not seen:
+        click.echo("the client ended" if name else "the clients ended", err=True)
+    return 0
+
+
+def _look(name: str | None) -> list[Mapping[str, Any]]:
+    """Ask all. Raises ControlError when there is none to ask; who ends meanwhile is left out."""
+    seen: list[Mapping[str, Any]] = []
+    for path in find_clients(name):
+        with contextlib.suppress(ControlError):
+            seen.append(ask(path, "status"))
+    return seen
+
+
+def _look_again(name: str | None) -> list[Mapping[str, Any]]:
+    try:
+        return _look(name)
+    except ControlError:
+        return []
+
+
+@contextlib.contextmanager
+def _view(*, as_json: bool) -> Iterator[Show]:
+    """Yield what shows one look."""
+    if as_json or not can_draw():
+        yield _write_json if as_json else _write_lines
+        return
+    from rich.live import Live
+
+    with Live(screen=True, auto_refresh=False) as live:
+        yield lambda seen: live.update(tables(seen), refresh=True)
+
+
+def _write_json(seen: Sequence[Mapping[str, Any]]) -> None:
+    for one in seen:
+        click.echo(json.dumps(one))
+
+
+def _write_lines(seen: Sequence[Mapping[str, Any]]) -> None:
+    for one in seen:
+        click.echo("\n".join(lines(one)))

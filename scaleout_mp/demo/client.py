@@ -20,6 +20,7 @@ from scaleout_mp import (
     ScaleoutError,
     ScaleoutModel,
 )
+from scaleout_mp.control import ControlSocket
 from scaleout_mp.demo import faults, feed, perceptron
 from scaleout_mp.demo.digits import Shard
 
@@ -84,7 +85,8 @@ def _serve(options: argparse.Namespace) -> int:
     if result is not ConnectToApiResult.Assigned or not client.init_grpchandler(answer):
         return 1
     watched = feed.feeding(runtime, options.feed) if options.feed is not None else contextlib.nullcontext()
-    with watched:
+    # For `scaleout-mp top`; another demo may have clients of the same names.
+    with watched, ControlSocket(options.name, runtime, sole=False):
         client.run(with_heartbeat=True)
     return 0
 

@@ -8,6 +8,7 @@ import dataclasses
 import enum
 import json
 import logging
+import time
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from scaleout_mp.client.calls import RequestInfo
@@ -131,6 +132,8 @@ class Job(abc.ABC):
         """Call `on_start` when the job's turn has come."""
         self.request = request
         self.phase = Phase.PENDING
+        #: On the monotonic clock.
+        self.came_at = time.monotonic()
         self.last_metric: MetricRecord | None = None
         self.execution: Execution | None = None
         #: Id of the model that is on its way; None when none is.

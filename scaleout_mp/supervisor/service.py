@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import dataclasses
 import functools
 import json
@@ -19,7 +20,7 @@ from scaleout_mp.supervisor.jobs import Job, JobResources
 from scaleout_mp.supervisor.polling import Poller, follow_task_stream
 from scaleout_mp.supervisor.recovery import recovered_job
 from scaleout_mp.supervisor.shutdown import SECOND_CTRL_C, SignalReader, StopAction, signals_to
-from scaleout_mp.supervisor.snapshot import ClientSnapshot, task_snapshot
+from scaleout_mp.supervisor.snapshot import ClientSnapshot, Death, death, task_snapshot
 from scaleout_mp.supervisor.staged_models import StagedModels
 from scaleout_mp.supervisor.systemd import ServiceManager
 from scaleout_mp.supervisor.task_journal import TaskJournal, TaskStage
@@ -58,6 +59,8 @@ logger = logging.getLogger(__name__)
 
 ENDING: Final = "Aborted by client: the client is shutting down"
 ABORTED_BY_CLIENT: Final = "Aborted by client"
+#: Ends of tasks that are remembered for who looks.
+_DEATHS: Final = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,6 +160,7 @@ class ClientService:
         self._jobs: dict[str, tuple[Job, asyncio.Task[None]]] = {}
         #: Tasks of the client's own that have not ended.
         self._own: dict[str, AutonomousTask] = {}
+        self._deaths: collections.deque[Death] = collections.deque(maxlen=_DEATHS)
         self._end: asyncio.Future[None] = self._loop.create_future()
         self._end_now: asyncio.Future[None] = self._loop.create_future()
 
@@ -315,6 +319,8 @@ class ClientService:
     async def _see_through(self, job: Job) -> None:
         try:
             ending = await job.run()
+            if ending.status is not TaskStatus.COMPLETED:
+                self._deaths.append(death(job, ending))
             await self._tasks.ended(job.correlation_id, ending.status, ending.response)
             self._finish(job.correlation_id, ending.status, ending.response)
         except asyncio.CancelledError:
@@ -353,13 +359,17 @@ class ClientService:
 
     def snapshot(self) -> ClientSnapshot:
         """Return what is to be seen now. Safe to call from any thread: it only reads."""
+        counts = self._outbox.counts
         return ClientSnapshot(
             name=self._plan.name,
             client_id=self._plan.client_id,
             connected=not self._calls.link.down,
             link=self._calls.link.quality.state,
             round_trip=self._calls.link.quality.round_trip,
-            pending_messages=self._outbox.counts.pending,
+            pending_messages=counts.pending,
+            dropped_messages=counts.dropped,
+            refused_messages=counts.refused,
+            deaths=tuple(self._deaths),
             tasks=tuple(task_snapshot(job) for job, _ in list(self._jobs.values())),
         )
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import json
+import time
+from typing import TYPE_CHECKING, Final
 
 from scaleout_mp.transport.link_quality import LinkState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from scaleout_mp.supervisor.jobs import Job
+    from scaleout_mp.supervisor.jobs import Ending, Job
+
+_MAX_LINE: Final = 2000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,8 @@ class TaskSnapshot:
     session_id: str
     #: pending, downloading, running, uploading or reporting.
     phase: str
+    #: Since it came.
+    seconds: float = 0.0
     #: State of the process; None while there is none.
     process_state: str | None = None
     #: Bytes that the task has made its own, now and at most.
@@ -39,6 +45,20 @@ class TaskSnapshot:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Death:
+    """How a task ended that did not complete."""
+
+    task: str
+    type: str
+    #: For programs, as the report to the server says it: crashed, memory_limit, failed and so on.
+    reason: str
+    #: One line.
+    message: str
+    #: Seconds since the epoch.
+    at: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ClientSnapshot:
     """A client at one moment."""
 
@@ -51,7 +71,12 @@ class ClientSnapshot:
     link: LinkState = LinkState.HEALTHY
     #: Seconds, median of the last; None before there was one.
     round_trip: float | None = None
+    #: Records for which there was no room, and messages that the combiner does not want, since the start.
+    dropped_messages: int = 0
+    refused_messages: int = 0
     tasks: tuple[TaskSnapshot, ...] = ()
+    #: The last ones, the latest last.
+    deaths: tuple[Death, ...] = ()
 
 
 def task_snapshot(job: Job) -> TaskSnapshot:
@@ -64,6 +89,7 @@ def task_snapshot(job: Job) -> TaskSnapshot:
         round_id=request.round_id,
         session_id=request.session_id,
         phase=job.phase.value,
+        seconds=time.monotonic() - job.came_at,
         process_state=None if execution is None else execution.state.value,
         memory_now=0 if execution is None else execution.memory_now,
         memory_peak=0 if execution is None else execution.memory_peak,
@@ -72,4 +98,17 @@ def task_snapshot(job: Job) -> TaskSnapshot:
         to_move=None if progress is None else progress.total,
         last_metrics={} if metric is None else metric.metrics,
         last_step=None if metric is None else metric.step,
+    )
+
+
+def death(job: Job, ending: Ending) -> Death:
+    """Return how a job ended that did not complete."""
+    response = json.loads(ending.response) if ending.response else {}
+    said = response.get("error") or response.get("msg") or ending.status.value
+    return Death(
+        task=job.correlation_id,
+        type=job.request.type,
+        reason=str(response.get("reason") or ending.status.value.lower()),
+        message=(ending.line or said)[:_MAX_LINE],
+        at=time.time(),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
 import queue
 import signal
 import subprocess
@@ -118,6 +119,41 @@ class Program:
             if time.monotonic() > deadline:
                 pytest.fail(f"left: {[process.as_dict(['pid', 'cmdline']) for process in left]}")
             psutil.wait_procs(left, timeout=max(0.0, deadline - time.monotonic()))
+
+
+def on_a_terminal(command, *, seconds=60, then=None, **environment):
+    """Run a program on a terminal of its own; return its exit code and all that it wrote there.
+
+    `then` is called with the process and a function that returns the screen so far, while it runs.
+    """
+    ours, its = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40", **environment}
+    try:
+        process = subprocess.Popen([sys.executable, *command], stdin=its, stdout=its, stderr=its, env=environment)
+    finally:
+        os.close(its)
+    shown = bytearray()
+
+    def read():
+        # A terminal whose other side is closed reads as EIO.
+        try:
+            while piece := os.read(ours, 65536):
+                shown.extend(piece)
+        except OSError:
+            return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        if then is not None:
+            then(process, lambda: shown.decode(errors="replace"))
+        code = process.wait(seconds)
+    finally:
+        process.kill()
+        process.wait()
+        reader.join()
+        os.close(ours)
+    return code, shown.decode()
 
 
 def _marked(process, mark):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import numpy as np
 import pytest
 from observing import wait_until
+from programs_at_work import on_a_terminal
 
 from scaleout_mp import ScaleoutModel
 from scaleout_mp.localnet import LocalNetworkThread, RunStatus, SessionPlan, TokenKind
@@ -139,13 +141,19 @@ def test_a_client_is_started_watched_and_stopped(place, net):
             4,
         )
         (death,) = seen["deaths"]
-        assert (death["task"], death["reason"]) == (crashing.correlation_id, "crashed")
+        assert (death["task"], death["type"], death["reason"]) == (
+            crashing.correlation_id,
+            "Scaleout_ModelUpdate",
+            "crashed",
+        )
         assert "SIGSEGV" in death["message"]
+        assert (seen["pending_messages"], seen["dropped_messages"], seen["refused_messages"]) == (0, 0, 0)
 
         shown = cli(place, "status", "--name", "hospital").stdout
         assert waiting.correlation_id in shown
         assert "1.0 GiB" in shown
         assert "SIGSEGV" in shown
+        look_at_top(place, waiting.correlation_id)
         watched = cli(place, "top", "--json", "--count", "2", "--interval", "0.1")
         assert [json.loads(line)["client_id"] for line in watched.stdout.splitlines()] == ["h1", "h1"]
 
@@ -169,6 +177,26 @@ def test_a_client_is_started_watched_and_stopped(place, net):
     ends = [event.status for event in net.events.of(TaskReported) if event.done]
     assert ends.count("INTERRUPTED") == 1
     assert "no client runs" in one_line(cli(place, "status"))
+
+
+def look_at_top(place, correlation_id):
+    """See the table, on a terminal, and Ctrl-C."""
+
+    def leave_once_drawn(process, screen):
+        wait_until(lambda: "SIGSEGV" in screen(), seconds=20, what="the table")
+        process.send_signal(signal.SIGINT)
+
+    command = ["-m", "scaleout_mp", "top", "--interval", "0.2"]
+    code, screen = on_a_terminal(command, then=leave_once_drawn, XDG_RUNTIME_DIR=str(place))
+    assert code == 0, screen
+    # The whole screen, and the one from before comes back.
+    assert "\x1b[?1049h" in screen
+    assert "\x1b[?1049l" in screen
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen)
+    for wanted in ("client hospital (h1)", "connected", "1.0 GiB", "step 4", "loss 0.25", "ModelUpdate", "running"):
+        assert wanted in text
+    assert correlation_id[:8] in text
+    assert re.search(r"crashed: .*SIGSEGV", text)
 
 
 def test_what_a_killed_client_left_is_in_nobodys_way(place, net):

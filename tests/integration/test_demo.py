@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import psutil
 import pytest
-from programs_at_work import Program
+from observing import wait_until
+from programs_at_work import Program, on_a_terminal
+
+from scaleout_mp.control import running_clients
+from scaleout_mp.demo.run import CLIENTS
 
 DEMO = ("-m", "scaleout_mp", "demo")
 
@@ -86,7 +87,7 @@ def _check_folder(folder, summary):
 
 def test_terminal_shows_a_live_table(tmp_path):
     # A folder of its own for the temporary files, so that it can be seen to be empty afterwards.
-    code, screen = _on_a_terminal([*DEMO, "--rounds", "1", "--no-faults"], tmp_path)
+    code, screen = on_a_terminal([*DEMO, "--rounds", "1", "--no-faults"], TMPDIR=str(tmp_path))
     assert code == 0, screen
     assert "\x1b[1A" in screen, "the table is drawn over and over"
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen)
@@ -97,35 +98,6 @@ def test_terminal_shows_a_live_table(tmp_path):
     assert re.search(r"[1-9]\d* / 128 MiB", text)
     assert "All came out as planned" in text
     assert list(tmp_path.iterdir()) == []
-
-
-def _on_a_terminal(command, temporary):
-    ours, its = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40", "TMPDIR": str(temporary)}
-    try:
-        process = subprocess.Popen([sys.executable, *command], stdin=its, stdout=its, stderr=its, env=environment)
-    finally:
-        os.close(its)
-    shown = bytearray()
-
-    def read():
-        # A terminal whose other side is closed reads as EIO.
-        try:
-            while piece := os.read(ours, 65536):
-                shown.extend(piece)
-        except OSError:
-            return
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        code = process.wait(60)
-    finally:
-        process.kill()
-        process.wait()
-        reader.join()
-        os.close(ours)
-    return code, shown.decode()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -172,7 +144,16 @@ def test_nothing_outlives_a_killed_demo(tmp_path):
         demo.require_nothing_left(seconds=3)
 
 
-def test_two_demos_at_once_do_not_meet(tmp_path):
+def test_two_demos_at_once_do_not_meet_and_top_shows_both(tmp_path, monkeypatch):
+    # The sockets of their clients lie there.
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     options = ("--rounds", "1", "--no-faults", "--folder")
     with Program(*DEMO, *options, tmp_path / "one") as one, Program(*DEMO, *options, tmp_path / "two") as two:
+        wait_until(lambda: len(running_clients()) == 8, seconds=60)
+        with Program("-m", "scaleout_mp", "top", "--interval", "0.1", "--json") as top:
+            seen = [json.loads(top.wait_for_line("{", seconds=20)) for _ in range(8)]
+            assert sorted(client["name"] for client in seen) == sorted(CLIENTS * 2)
+            assert len({client["pid"] for client in seen}) == 8
+            assert top.end(seconds=90) == 0
+            assert top.lines[-1] == "the clients ended"
         assert (one.end(seconds=60), two.end(seconds=60)) == (0, 0)

@@ -93,8 +93,17 @@ def test_each_command_has_help_with_examples(command, capsys):
 def test_wrong_usage_is_said_and_ends_with_2(arguments, said, capsys):
     assert run(arguments) == 2
     captured = capsys.readouterr()
-    assert said in captured.err
+    line = one_line(captured.err)
+    assert line.startswith("error: ")
+    assert said in line
+    assert "--help" in line
     assert captured.out == ""
+
+
+def test_without_a_command_there_is_the_help(capsys):
+    run([])
+    captured = capsys.readouterr()
+    assert "Commands:" in captured.out + captured.err
 
 
 def test_too_few_rounds_for_the_faults(capsys):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import socket
@@ -27,7 +28,8 @@ logger = logging.getLogger(__name__)
 _PATIENCE: Final = 5.0
 _MAX_REQUEST: Final = 1 << 16
 _MAX_ANSWER: Final = 1 << 24
-_DEATHS: Final = 10
+#: Clients of one name that run beside each other.
+_TWINS: Final = 1000
 _SUFFIX: Final = ".sock"
 
 
@@ -68,64 +70,50 @@ def _socket_path(name: str) -> str:
     return os.path.join(control_folder(), plain + _SUFFIX)
 
 
-class RecentDeaths(logging.Handler):
-    """Remembers how the last tasks ended that did not complete."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self._deaths: collections.deque[dict[str, Any]] = collections.deque(maxlen=_DEATHS)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep the record when it tells the end of a task."""
-        if getattr(record, "action", None) == "task_ended":
-            self._deaths.append(
-                {
-                    "task": getattr(record, "task_id", ""),
-                    "reason": getattr(record, "reason", ""),
-                    "message": record.getMessage()[:2000],
-                    "at": record.created,
-                }
-            )
-
-    def latest(self) -> list[dict[str, Any]]:
-        """Return them, the last one last."""
-        return list(self._deaths)
-
-
 class ControlSocket:
     """Answers on a socket, on a thread of its own. A context manager."""
 
-    def __init__(self, name: str, controlled: Controlled) -> None:
-        """Raise ConfigError when a client of that name runs already."""
-        self._path = _socket_path(name)
+    def __init__(self, name: str, controlled: Controlled, *, sole: bool = True) -> None:
+        """Raise ConfigError when a client of that name runs already, unless it need not be the `sole` one."""
+        self._path = ""
         self._controlled = controlled
-        self._deaths = RecentDeaths()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        names = [name] if sole else [name, *(f"{name}-{number}" for number in range(2, _TWINS))]
         try:
-            self._bind(name)
+            bound = any(self._bound(one) for one in names)
         except BaseException:
             self._listener.close()
             raise
+        if not bound:
+            self._listener.close()
+            raise ConfigError(f"a client named {name!r} runs already: stop it, or give this one another --name")
         self._thread = threading.Thread(target=self._serve, name="scaleout-control", daemon=True)
 
-    def _bind(self, name: str) -> None:
-        if os.path.exists(self._path):
-            if _answers(self._path):
-                raise ConfigError(f"a client named {name!r} runs already: stop it, or give this one another --name")
+    def _bound(self, name: str) -> bool:
+        """Take the address of a name; False when a client that runs has it."""
+        path = _socket_path(name)
+        if os.path.exists(path):
+            if _answers(path):
+                return False
             # Of one that was killed.
-            os.unlink(self._path)
-        # The folder is closed to others, so there is no moment in which they could connect.
-        self._listener.bind(self._path)
-        os.chmod(self._path, 0o600)
+            os.unlink(path)
+        try:
+            # The folder is closed to others, so there is no moment in which they could connect.
+            self._listener.bind(path)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return False
+            raise
+        os.chmod(path, 0o600)
         self._listener.listen()
+        self._path = path
+        return True
 
     def __enter__(self) -> Self:
-        logging.getLogger("scaleout_mp.executor.execution").addHandler(self._deaths)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        logging.getLogger("scaleout_mp.executor.execution").removeHandler(self._deaths)
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
@@ -142,23 +130,24 @@ class ControlSocket:
             with connection:
                 try:
                     self._answer(connection)
-                except (OSError, ValueError) as error:
+                except Exception as error:  # noqa: BLE001 - whatever somebody sends, the next one is answered
                     logger.debug("a request failed: %s", error, extra={"action": "control_failed"})
 
     def _answer(self, connection: socket.socket) -> None:
         connection.settimeout(_PATIENCE)
-        if _peer(connection) not in {os.getuid(), 0}:
+        pid, user = _peer(connection)
+        if user not in {os.getuid(), 0} or _is_below(pid):
             return
         request = json.loads(_read_line(connection, _MAX_REQUEST))
         if not isinstance(request, dict):
             raise TypeError("a request is no object")
         answer = self._do(str(request.get("do")), request)
-        connection.sendall(json.dumps(answer).encode() + b"\n")
+        connection.sendall(json.dumps(answer, allow_nan=False).encode() + b"\n")
 
     def _do(self, what: str, request: dict[str, Any]) -> dict[str, Any]:
         if what == "status":
             seen = dataclasses.asdict(self._controlled.snapshot())
-            return {"ok": True, "pid": os.getpid(), "deaths": self._deaths.latest(), **seen}
+            return {"ok": True, "pid": os.getpid(), **_finite(seen)}
         if what == "stop":
             self._controlled.stop()
             return {"ok": True, "pid": os.getpid()}
@@ -174,9 +163,35 @@ class ControlSocket:
         return {"ok": False, "error": f"unknown request {what!r}"}
 
 
-def _peer(connection: socket.socket) -> int:
+def _finite(value: Any) -> Any:
+    """Return a value as JSON can carry it: a metric may be NaN."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _peer(connection: socket.socket) -> tuple[int, int]:
+    """Return the pid and the user of the other end; the pid is 0 when it cannot be seen from here."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", credentials)[1])
+    pid, user, _ = struct.unpack("3i", credentials)
+    return pid, user
+
+
+def _is_below(pid: int) -> bool:
+    """Whether a process is this one's descendant: tasks are, whatever they fork, and must not end their own client."""
+    while pid > 1:
+        if pid == os.getpid():
+            return True
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                # The name of the program may hold anything, parentheses included.
+                pid = int(file.read().rpartition(b")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            # Gone, so nobody waits for the answer.
+            return True
+    return False
 
 
 def _read_line(connection: socket.socket, most: int) -> bytes:
@@ -204,20 +219,27 @@ def _answers(path: str) -> bool:
 def running_clients() -> list[str]:
     """Return the sockets of this user's clients that answer."""
     folder = control_folder()
-    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(_SUFFIX)]
+    names = sorted(name.removesuffix(_SUFFIX) for name in os.listdir(folder) if name.endswith(_SUFFIX))
+    paths = [os.path.join(folder, name + _SUFFIX) for name in names]
     return [path for path in paths if _answers(path)]
 
 
-def find_client(name: str | None) -> str:
-    """Return the socket of the client of that name, or of the only one. Raises ControlError, in one line."""
+def find_clients(name: str | None) -> list[str]:
+    """Return the sockets of the clients of that name, or of all. Raises ControlError, in one line, for none."""
     if name is not None:
         path = _socket_path(name)
         if not _answers(path):
             raise ControlError(f"no client named {name!r} runs on this machine as this user")
-        return path
+        return [path]
     running = running_clients()
     if not running:
         raise ControlError("no client runs on this machine as this user; scaleout-mp client start starts one")
+    return running
+
+
+def find_client(name: str | None) -> str:
+    """Return the socket of the client of that name, or of the only one. Raises ControlError, in one line."""
+    running = find_clients(name)
     if len(running) > 1:
         names = ", ".join(os.path.basename(path).removesuffix(_SUFFIX) for path in running)
         raise ControlError(f"several clients run: {names}; say which one with --name")
