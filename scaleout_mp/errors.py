@@ -23,6 +23,10 @@ class ConfigError(ScaleoutError, ValueError):
     """A setting has a value that cannot work."""
 
 
+class RestartError(ScaleoutError):
+    """The client could not be started again in its own place; start it by hand, or have a service manager do that."""
+
+
 class TargetError(ScaleoutError):
     """There is no callable of that name, or it does not take what it is to be called with."""
 

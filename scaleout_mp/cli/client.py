@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 import uuid
 from typing import TYPE_CHECKING, Any, Final
@@ -128,7 +129,10 @@ def _combiner(given: Given, edge: EdgeClient) -> GrpcConnectionOptions:
 
     if given["combiner"]:
         if not edge.client_id:
-            edge.set_client_id(str(uuid.uuid4()))
+            client_id = str(uuid.uuid4())
+            edge.set_client_id(client_id)
+            # A restart that the server orders is the same client.
+            os.environ["SCALEOUT_MP_CLIENT_ID"] = client_id
         return GrpcConnectionOptions(host=given["combiner"], port=given["combiner_port"])
     address = given.address
     assert address is not None

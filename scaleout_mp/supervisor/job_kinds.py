@@ -14,6 +14,7 @@ from scaleout_mp.supervisor import messages
 from scaleout_mp.supervisor.inference_jobs import InferenceJob, StageModelJob
 from scaleout_mp.supervisor.jobs import Job, JobFailedError, JobResources, Phase, json_text
 from scaleout_mp.supervisor.messages import TaskType
+from scaleout_mp.supervisor.restart import RestartJob
 from scaleout_mp.transport.aside import closing_aside
 from scaleout_mp.transport.message import MessageKind
 from scaleout_mp.wire import edge_pb2 as pb
@@ -36,6 +37,7 @@ def make_job(
         TaskType.VALIDATION: ValidationJob,
         TaskType.STAGE_MODEL: StageModelJob,
         TaskType.INFERENCE: InferenceJob,
+        TaskType.RESTART: RestartJob,
     }
     return kinds.get(request.type, CustomJob)(request, resources, on_start=on_start)
 

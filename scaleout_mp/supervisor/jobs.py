@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from scaleout_mp.executor.scheduling import Place
     from scaleout_mp.model import ScaleoutModel
     from scaleout_mp.supervisor.callbacks import Callbacks
+    from scaleout_mp.supervisor.restart import RestartOrder
     from scaleout_mp.supervisor.staged_model import InferencePlan
     from scaleout_mp.supervisor.staged_models import StagedModels
     from scaleout_mp.supervisor.state import StateFolder
@@ -82,6 +83,8 @@ class JobResources:
     tasks: TaskJournal
     #: Where results are kept on their way; None: nowhere.
     state: StateFolder | None
+    #: Has the client restart, for the task of that id. Raises JobFailedError when it does not.
+    restart: Callable[[str, RestartOrder], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,8 @@ class Ending:
     response: str = ""
     #: One line for the server's log; None: the job has said what there is to say.
     line: str | None = None
+    #: The server hears of it from the next start of the client.
+    told_by_next_start: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from scaleout_mp.errors import ModelError
 from scaleout_mp.supervisor.job_kinds import ModelUpdateJob
 from scaleout_mp.supervisor.jobs import Job, JobFailedError, JobResources, Phase
+from scaleout_mp.supervisor.restart import RESTARTED as RESTARTED_BY_ORDER
 from scaleout_mp.supervisor.task_journal import KnownTask, TaskStage
 from scaleout_mp.transport.aside import closing_aside
 from scaleout_mp.transport.message import MessageKind
@@ -31,6 +32,7 @@ def recovered_job(task: KnownTask, resources: JobResources, *, on_start: Callabl
         TaskStage.RECEIVED: CutOffJob,
         TaskStage.RESULT: KeptResultJob,
         TaskStage.SENT: SentResultJob,
+        TaskStage.RESTARTING: RestartedJob,
     }
     return kinds[task.stage](task, resources, on_start=on_start)
 
@@ -45,6 +47,13 @@ class CutOffJob(Job):
 
     async def _perform(self) -> Any:
         raise JobFailedError(RESTARTED, reason=RESTARTED_REASON)
+
+
+class RestartedJob(CutOffJob):
+    """Report the order to restart as obeyed."""
+
+    async def _perform(self) -> Any:
+        return RESTARTED_BY_ORDER
 
 
 class KeptResultJob(ModelUpdateJob):

@@ -33,7 +33,7 @@ from scaleout_mp.executor.residents import IDLE_SECONDS
 from scaleout_mp.executor.scheduling import require_room
 from scaleout_mp.executor.states import MAX_STATE
 from scaleout_mp.executor.worker_handle import Isolation, check_isolation
-from scaleout_mp.supervisor import connecting, messages
+from scaleout_mp.supervisor import connecting, messages, restart
 from scaleout_mp.supervisor.autonomous import AutonomousJob, AutonomousTask, OwnTaskOrder
 from scaleout_mp.supervisor.blocking import run_blocking
 from scaleout_mp.supervisor.farewell import LAST_WORDS
@@ -326,6 +326,7 @@ class GrpcEdgeClientRuntime:
         """Serve tasks until SIGTERM, Ctrl-C or `stop`; returns once every task is gone and reported.
 
         Without polling, tasks come by the server's task stream, and ends are only told by status messages.
+        When the server ordered a restart, it does not return: the program is started anew in this process.
         Raises NotConnectedError before `init_grpchandler`, ConfigError when no callback is registered,
         CallbackNotSendable, StateInUseError when another client with this id runs on this machine, StateError when the
         folder that was asked for cannot be used, and AuthenticationError when the combiner refuses the client at the
@@ -345,13 +346,15 @@ class GrpcEdgeClientRuntime:
             self._inference.close()
             network = self._api_url or f"{options.host}:{options.port}"
             with opened_state(client.client_id, network.rstrip("/"), root=self._state_dir) as state:
-                run_blocking(lambda: self._main(plan, client, state), on_interrupt=self._interrupt)
+                restarts = run_blocking(lambda: self._main(plan, client, state), on_interrupt=self._interrupt)
         except (ConfigError, CallbackNotSendable, AuthenticationError, StateError) as error:
             # The user's mistake, told in its last line: our own frames below this one would only bury it.
             raise error.with_traceback(None) from None
         finally:
             with self._lock:
                 self._running = self._stop_asked = False
+        if restarts:
+            restart.replace_program()
 
     def _plan(self, *, with_heartbeat: bool = False, with_polling: bool = False) -> ServicePlan:
         client = self.client
@@ -374,12 +377,14 @@ class GrpcEdgeClientRuntime:
             goodbye_seconds=self._goodbye_seconds,
             with_heartbeat=with_heartbeat,
             with_polling=with_polling,
+            cannot_restart=restart.why_not(),
             inference=self._inference_plan,
             make_transfer=self._make_transfer,
             package=self._package,
         )
 
-    async def _main(self, plan: ServicePlan, client: EdgeClient, state: StateFolder | None) -> None:
+    async def _main(self, plan: ServicePlan, client: EdgeClient, state: StateFolder | None) -> bool:
+        """Serve, and return whether the program is to be started anew."""
         service = ClientService(plan, client, self._open_calls(), state)
         with self._lock:
             self._at_work = asyncio.get_running_loop(), service
@@ -392,6 +397,7 @@ class GrpcEdgeClientRuntime:
         finally:
             with self._lock:
                 self._at_work = None
+        return service.restarts
 
     def _on_loop(self, act: Callable[[ClientService], object]) -> bool:
         """Have the service do something on its loop; False when none is at work."""

@@ -16,9 +16,10 @@ from scaleout_mp.supervisor import messages, vitals
 from scaleout_mp.supervisor.callback_sources import callbacks_for
 from scaleout_mp.supervisor.farewell import ABORT_MARGIN, Farewell, cancelled
 from scaleout_mp.supervisor.job_kinds import make_job
-from scaleout_mp.supervisor.jobs import Job, JobResources
+from scaleout_mp.supervisor.jobs import Job, JobFailedError, JobResources, Phase
 from scaleout_mp.supervisor.polling import Poller, follow_task_stream
 from scaleout_mp.supervisor.recovery import recovered_job
+from scaleout_mp.supervisor.restart import REFUSED, RESTARTING, RestartJob
 from scaleout_mp.supervisor.shutdown import SECOND_CTRL_C, SignalReader, StopAction, signals_to
 from scaleout_mp.supervisor.snapshot import ClientSnapshot, Death, death, task_snapshot
 from scaleout_mp.supervisor.staged_models import StagedModels
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from scaleout_mp.executor.worker_handle import Isolation
     from scaleout_mp.supervisor.autonomous import AutonomousTask, OwnTaskOrder
     from scaleout_mp.supervisor.package_callbacks import PackageSource
+    from scaleout_mp.supervisor.restart import RestartOrder
     from scaleout_mp.supervisor.staged_model import InferencePlan
     from scaleout_mp.supervisor.state import StateFolder
     from scaleout_mp.transport.calls import CombinerCalls
@@ -88,6 +90,8 @@ class ServicePlan:
     goodbye_seconds: float
     with_heartbeat: bool
     with_polling: bool
+    #: Why the program cannot be started anew in its own place; empty when it can.
+    cannot_restart: str
     inference: InferencePlan
     #: How models come and go over given calls.
     make_transfer: Callable[[CombinerCalls], ModelTransfer]
@@ -144,7 +148,9 @@ class ClientService:
             outbox=self._outbox,
             tasks=self._tasks,
             state=state,
+            restart=self._accept_restart,
         )
+        self._restart: RestartOrder | None = None
         #: Set once tasks can run, and at the end.
         self.ready = asyncio.Event()
         self._announced = self._closed = False
@@ -313,19 +319,22 @@ class ClientService:
     def _begin(self, job: Job) -> None:
         task = self._loop.create_task(self._see_through(job), name=job.correlation_id)
         self._jobs[job.correlation_id] = job, task
-        if self._signals.ending:
-            job.abort(AbortOrigin.CLIENT, ENDING)
+        if self._signals.ending or self._restart is not None:
+            job.abort(AbortOrigin.CLIENT, self._farewell_reason)
 
     async def _see_through(self, job: Job) -> None:
         try:
             ending = await job.run()
             if ending.status is not TaskStatus.COMPLETED:
                 self._deaths.append(death(job, ending))
+            if ending.told_by_next_start:
+                self._tasks.restarting(job.correlation_id)
+                return
             await self._tasks.ended(job.correlation_id, ending.status, ending.response)
             self._finish(job.correlation_id, ending.status, ending.response)
         except asyncio.CancelledError:
             # The client ends before all that the task sent has arrived; its end may still be reported.
-            ended = job.ending_if_cut_off(ENDING)
+            ended = job.ending_if_cut_off(self._farewell_reason)
             if ended is not None:
                 self._tasks.ends(job.correlation_id, ended.status, ended.response)
                 self._finish(job.correlation_id, ended.status, ended.response)
@@ -334,6 +343,34 @@ class ClientService:
             del self._jobs[job.correlation_id]
             if not self._plan.with_polling:
                 self._book.drop_finished()
+
+    def _accept_restart(self, correlation_id: str, order: RestartOrder) -> None:
+        """Begin to restart. Raises JobFailedError when the client cannot, or other tasks run and may not be ended."""
+        others = [
+            job for key, (job, _) in self._jobs.items() if key != correlation_id and job.phase is not Phase.REPORTING
+        ]
+        refusal = ""
+        if self._plan.cannot_restart:
+            refusal = f"this client cannot restart itself: {self._plan.cannot_restart}"
+        elif self._end.done():
+            refusal = "this client ends, or restarts, already"
+        elif others and not (order.abort_ongoing_tasks or order.force):
+            refusal = f"{len(others)} other task(s) run; abort_ongoing_tasks or force would end them"
+        if refusal:
+            raise JobFailedError(refusal, reason=REFUSED)
+        self._restart = order
+        self._poller.skip_tasks = True
+        logger.info("the server ordered a restart", extra={"action": "restart_ordered", "task_id": correlation_id})
+        self._end.set_result(None)
+
+    @property
+    def restarts(self) -> bool:
+        """Whether the program is to be started anew, now that `run` is over; who was told to end does not."""
+        return self._restart is not None and not self._signals.ending
+
+    @property
+    def _farewell_reason(self) -> str:
+        return ENDING if self._restart is None else RESTARTING
 
     def _on_refused(self, ticket: Ticket, error: TransportError) -> None:
         if ticket.kind in {MessageKind.UPDATE, MessageKind.VALIDATION}:
@@ -404,8 +441,11 @@ class ClientService:
 
     async def _leave(self) -> None:
         """Abort what runs, tell the server how all ended, say goodbye; neither takes longer than it may."""
-        logger.info("the client is shutting down", extra={"action": "shutting_down"})
-        self._manager.stopping()
+        if self._restart is None:
+            logger.info("the client is shutting down", extra={"action": "shutting_down"})
+            self._manager.stopping()
+        else:
+            self._manager.status("restarting")
         farewell = Farewell(
             self._calls,
             self._outbox,
@@ -414,11 +454,21 @@ class ClientService:
             polls=self._plan.with_polling,
             within=self._plan.goodbye_seconds,
         )
-        self._abort_all(ENDING)
-        await farewell.until_reporting(self._plan.limits.abort_grace_seconds + ABORT_MARGIN)
+        if self._restart is not None and self._restart.force:
+            await self._kill_all()
+        else:
+            self._abort_all(self._farewell_reason)
+            await farewell.until_reporting(self._plan.limits.abort_grace_seconds + ABORT_MARGIN)
         # Who never came need not say that it goes; a greeting that was cut off may have arrived.
-        came = self._plan.settings.announce and (self._announced or not self._calls.link.down)
+        # Who restarts is soon back.
+        came = self._restart is None and self._plan.settings.announce and (self._announced or not self._calls.link.down)
         await farewell.say(self._plan.client_id if came else None)
+
+    async def _kill_all(self) -> None:
+        """End all tasks at once; the order to restart is none of them."""
+        at_work = [task for job, task in self._jobs.values() if not isinstance(job, RestartJob)]
+        await cancelled(at_work)
+        await self._core.aclose(kill=True)
 
     async def _unless_now(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -432,7 +482,7 @@ class ClientService:
     async def _clean_up(self) -> None:
         self._closed = True
         self.ready.set()
-        self._abort_all(ENDING)
+        self._abort_all(self._farewell_reason)
         await self._poller.aclose()
         await cancelled([task for _, task in self._jobs.values()])
         await self._resources.callbacks.aclose()

@@ -38,6 +38,8 @@ class TaskStage(enum.StrEnum):
     RESULT = "result"
     #: The message that hands its result over is in the outbox, or has been sent.
     SENT = "sent"
+    #: It ordered a restart, and the client was about to obey.
+    RESTARTING = "restarting"
     #: Its end is known, and the server may not have heard of it.
     ENDED = "ended"
     #: The server has heard of its end.
@@ -77,6 +79,10 @@ class TaskJournal:
     def sent(self, correlation_id: str) -> None:
         """Note that the message with the result is in the outbox. Call it in the same breath."""
         self._write(_SENT, TaskStage.SENT, correlation_id)
+
+    def restarting(self, correlation_id: str) -> None:
+        """Note that the next start is what a task ordered."""
+        self._write(_SENT, TaskStage.RESTARTING, correlation_id)
 
     def refused(self, correlation_id: str, error: str) -> None:
         """Note that the server will not take a task's result."""
