@@ -198,8 +198,22 @@ class EdgeClient(RecordLogging, InferenceClient):
         )
 
     def run(self, with_heartbeat: bool = False, with_polling: bool = True) -> None:
-        """Serve tasks until SIGTERM, Ctrl-C or a stop of the runtime."""
+        """Serve tasks until SIGTERM, Ctrl-C or `stop`. Blocks, in any thread; signals are read in the main thread only.
+
+        In a notebook or a program with a loop: `task = asyncio.create_task(asyncio.to_thread(client.run))`, and at the
+        end `client.stop()` and `await task`.
+        """
         self._runtime.run(with_heartbeat=with_heartbeat, with_polling=with_polling)
+
+    def stop(self) -> None:
+        """Have `run` end as SIGTERM does, from any thread; a second call ends it at once. Does not wait for the end.
+
+        Does nothing when it does not run. Raises NotConnectedError when the runtime has no such call.
+        """
+        stop = getattr(self._runtime, "stop", None)
+        if stop is None:
+            raise NotConnectedError("this client's runtime cannot be stopped from here")
+        stop()
 
     def start_autonomous_task(
         self, callback: Callable[[], Any], command_type: str, parameters: Mapping[str, Any] | None = None

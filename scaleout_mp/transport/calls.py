@@ -51,6 +51,9 @@ _BROKEN_STREAM = ("stream removed", "rst_stream", "goaway", "connection reset", 
 _TOO_LARGE = ("larger than max", "exceeds maximum size")
 
 
+#: Seconds between two looks at the channel's state.
+_CHANNEL_LOOK: Final = 1.0
+
 #: How answers are read of which a part may be no good.
 _READERS: Final[dict[str, Callable[[bytes], Any]]] = {
     methods.POLL_AND_REPORT.name: read_directive,
@@ -271,12 +274,14 @@ class CombinerCalls:
         return known
 
     async def watch_channel(self) -> None:
-        """Have the link's quality know of each change of the channel's state, until cancelled."""
-        state = self._channel.get_state()
-        while state is not grpc.ChannelConnectivity.SHUTDOWN:
+        """Have the link's quality know of the channel's state, until cancelled.
+
+        gRPC does not give up a wait for a change of state: its end still comes when the loop is closed, and is an error
+        in whichever other loop of the process reads gRPC's events. So the state is looked at instead.
+        """
+        while (state := self._channel.get_state()) is not grpc.ChannelConnectivity.SHUTDOWN:
             self.link.quality.channel(failing=state is grpc.ChannelConnectivity.TRANSIENT_FAILURE)
-            await self._channel.wait_for_state_change(state)
-            state = self._channel.get_state()
+            await asyncio.sleep(_CHANNEL_LOOK)
 
     async def aclose(self) -> None:
         """Close the channel; calls under way are cancelled."""

@@ -156,6 +156,8 @@ def seen(**said):
         "correlation_id": "c",
         "type": "t",
         "phase": "uploading",
+        "process_state": None,
+        "seconds": 3.2,
         "memory_limit": None,
         "memory_now": 0,
         "last_metrics": {},
@@ -164,17 +166,18 @@ def seen(**said):
         "to_move": 4 << 20,
     }
     client = {"name": "n", "client_id": "i", "pid": 1, "pending_messages": 0, "deaths": [], "connected": True}
+    client |= {"dropped_messages": 0, "refused_messages": 0}
     return {**client, "link": "degraded", "round_trip": 0.25, "tasks": [task], **said}
 
 
 def test_the_status_shows_link_and_progress():
     first, second = lines(seen())
     assert first == "client n (i), pid 1: connected, link degraded (round trip 250 ms), 0 messages wait"
-    assert second == "task c t: uploading 1.0 MiB of 4.0 MiB (25%), 0 B"
+    assert second == "task c t: uploading, 3 s, 0 B  1.0 MiB of 4.0 MiB (25%)"
     assert "no connection, 0 messages" in lines(seen(connected=False))[0]
     unknown = seen(round_trip=None)
     unknown["tasks"][0]["to_move"] = None
     assert lines(unknown) == [
         "client n (i), pid 1: connected, link degraded, 0 messages wait",
-        "task c t: uploading 1.0 MiB, 0 B",
+        "task c t: uploading, 3 s, 0 B  1.0 MiB",
     ]
