@@ -30,7 +30,11 @@ HERE = Path(__file__).parent
 COUNT = 100_000
 PEER_COUNT = 5_000
 PEER_COUNT_SLOW = 100
-PACED = 2_000
+PACED = 1_000
+#: Seconds of work before each metric: as often as training logs at the most, and as a training of short steps does. What
+#: a processor has not run for milliseconds is no longer in its caches, which makes any call dearer.
+STEP = 50e-6
+LONG_STEP = 5e-3
 ROUND_TRIP = 0.05
 
 
@@ -44,9 +48,9 @@ class Bench:
         self._moments: list[float] = []
         net.events.subscribe(self._note)
 
-    def ours(self, task: str, count: int) -> tuple[float, float]:
-        """Have our client run a task; return its figure, and how many metrics arrived in a second."""
-        issued = self._net.issue("ours", f"Custom_{task}", data={"parameters": {"count": count}})
+    def ours(self, task: str, count: int, step: float = STEP) -> tuple[float, float]:
+        """Have our client run a task, with so many seconds of work before each metric where it is paced; return its figure, and how many metrics arrived in a second."""
+        issued = self._net.issue("ours", f"Custom_{task}", data={"parameters": {"count": count, "step": step}})
         outcome = issued.done(600)
         if outcome.status != "COMPLETED":
             raise RuntimeError(f"the task ended {outcome.status}: {outcome.response}")
@@ -112,7 +116,8 @@ def records(runs: int = 3, count: int = COUNT) -> list[Row]:
         return []
     with bench() as both:
         both.ours("paced", 200), both.theirs(200)
-        calls = [(both.ours("paced", PACED)[0], both.theirs(PACED, 0.001)[0]) for _ in range(runs)]
+        calls = [(both.ours("paced", PACED)[0], both.theirs(PACED, STEP)[0]) for _ in range(runs)]
+        rare = [(both.ours("paced", PACED, LONG_STEP)[0], both.theirs(PACED, LONG_STEP)[0]) for _ in range(runs)]
         rates = [(both.ours("burst", count)[1], both.theirs(PEER_COUNT)[1]) for _ in range(runs)]
         with both.round_trip(ROUND_TRIP):
             slow_call = both.ours("paced", PACED)[0]
@@ -122,6 +127,14 @@ def records(runs: int = 3, count: int = COUNT) -> list[Row]:
         alone("log_metric in a callback, paced", ours, unit="us", at_most=5),
         alone(f"the same with {ROUND_TRIP * 1e3:g} ms round trip", [slow_call], unit="us", at_most=5),
         compare("log_metric in a callback, paced", ours, PEER, theirs, unit="us", at_least=40),
+        compare(
+            f"the same with {LONG_STEP * 1e3:g} ms of work between",
+            [call for call, _ in rare],
+            PEER,
+            [call for _, call in rare],
+            unit="us",
+            at_least=1,
+        ),
         compare(
             f"{count} metrics of a task delivered",
             [statistics.median(mine for mine, _ in rates)],

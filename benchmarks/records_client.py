@@ -22,10 +22,10 @@ def burst(parameters: dict[str, Any]) -> dict[str, float]:
 
 
 def paced(parameters: dict[str, Any]) -> dict[str, float]:
-    """Log once for each training step of a millisecond; return the median of what a call took, in microseconds."""
+    """Log once for each training step of so many seconds; return the median of what a call took, in microseconds."""
     took = []
     for step in range(parameters["count"]):
-        end = time.perf_counter_ns() + 1_000_000
+        end = time.perf_counter_ns() + int(parameters["step"] * 1e9)
         while time.perf_counter_ns() < end:
             pass
         begun = time.perf_counter_ns()

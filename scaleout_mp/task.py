@@ -321,9 +321,14 @@ class TaskContext(Protocol):
         ...
 
     def log_metric(
-        self, metrics: Mapping[str, float], *, step: int | None = None, context: RecordIds | None = None
+        self,
+        metrics: Mapping[str, float],
+        *,
+        step: int | None = None,
+        context: RecordIds | None = None,
+        check_abort: bool = False,
     ) -> None:
-        """Send metrics; returns as soon as they are in the channel."""
+        """Send metrics; returns as soon as they are in the channel. With `check_abort`, then do what that does."""
         ...
 
     def log_attributes(self, attributes: Mapping[str, str]) -> None:

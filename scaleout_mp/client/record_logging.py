@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from scaleout_mp.client.inference_context import InferenceContext, task_inference_context
 from scaleout_mp.client.logging_context import LoggingContext, task_logging_context
+from scaleout_mp.client.published import stopped
 from scaleout_mp.client.values import attribute_values, inference_payload, metric_values
-from scaleout_mp.errors import NotConnectedError
+from scaleout_mp.errors import NotConnectedError, StoppedException
+from scaleout_mp.ipc.messages import plain_numbers
 from scaleout_mp.task import current_task
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ class RecordLogging:
         on too many or too long keys, and StoppedException when the task was aborted and `check_task_abort` is
         true.
         """
-        values = metric_values(metrics)
+        values = metrics if plain_numbers(metrics) else metric_values(metrics)
         if context is None:
             context = self.current_logging_context
         if context is None:
@@ -80,20 +82,26 @@ class RecordLogging:
                 extra={"action": "metric_without_context"},
             )
             return False
-        step = _checked_step(context.step if step is None else step)
+        if step is None:
+            step = context.step
+        if type(step) is not int or not 0 <= step < 1 << 32:
+            step = _checked_step(step)
         context.step = step + 1 if commit else step
         task = current_task()
         if task is not None:
-            task.log_metric(values, step=step, context=context)
-            taken = True
-        else:
-            taken = self._runtime.send_metric(
-                metrics=values,
-                model_id=context.model_id,
-                step=step,
-                round_id=context.round_id,
-                session_id=context.session_id,
-            )
+            # Called for each step of a training, and cold each time: few functions, so that it costs it little.
+            try:
+                task.log_metric(values, step=step, context=context, check_abort=check_task_abort)
+            except StoppedException as error:
+                raise stopped(error) from None
+            return True
+        taken = self._runtime.send_metric(
+            metrics=dict(values),
+            model_id=context.model_id,
+            step=step,
+            round_id=context.round_id,
+            session_id=context.session_id,
+        )
         if check_task_abort:
             self.check_task_abort()
         return taken
@@ -187,8 +195,6 @@ class RecordLogging:
 
 
 def _checked_step(step: Any) -> int:
-    if type(step) is int and 0 <= step < 1 << 32:
-        return step
     try:
         number = operator.index(step)
     except TypeError:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
-from scaleout_mp.ipc.messages import MAX_KEYS, MAX_NAME, MAX_PAYLOAD, MAX_VALUE, plain_numbers
+from scaleout_mp.ipc.messages import MAX_KEYS, MAX_NAME, MAX_PAYLOAD, MAX_VALUE
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +25,6 @@ def metric_values(values: Mapping[Any, Any], *, what: str = "metric") -> dict[st
 
     Raises TypeError that names the key whose value is not a number, ValueError on too many or too long keys.
     """
-    if plain_numbers(values):
-        # Called for each step of a training: what is right already is only looked at.
-        return dict(values)
     if not isinstance(values, Mapping):
         raise TypeError(f"{what}s must be a dict of numbers, not {type(values).__name__}")
     _require_few(values, what)

@@ -15,7 +15,8 @@ import msgpack
 
 from scaleout_mp.errors import ProtocolViolation
 
-_LENGTH: Final = struct.Struct("<I")
+#: What stands before a frame.
+LENGTH: Final = struct.Struct("<I")
 
 #: No frame is longer, in bytes. Whatever may be larger travels in a memfd.
 MAX_FRAME: Final = 1 << 20
@@ -70,22 +71,13 @@ def encode(kind: Kind, *fields: Any, descriptors: int = 0) -> bytes:
     """Return the bytes of one frame. Raises ProtocolViolation when it would be longer than MAX_FRAME."""
     body: bytes = msgpack.packb([int(kind), descriptors, *fields])
     if len(body) > MAX_FRAME:
-        raise ProtocolViolation(f"a {kind.name} frame of {len(body)} bytes is over the bound of {MAX_FRAME}")
-    return _LENGTH.pack(len(body)) + body
+        raise too_long(kind, len(body))
+    return LENGTH.pack(len(body)) + body
 
 
-class Encoder:
-    """Does what `encode` does, without descriptors, for who sends many frames. Not safe for several threads at once."""
-
-    def __init__(self) -> None:
-        self._pack = msgpack.Packer().pack
-
-    def encode(self, kind: Kind, fields: tuple[Any, ...]) -> bytes:
-        """Return the bytes of one frame. Raises ProtocolViolation when it would be longer than MAX_FRAME."""
-        body: bytes = self._pack((kind, 0, *fields))
-        if len(body) > MAX_FRAME:
-            raise ProtocolViolation(f"a {kind.name} frame of {len(body)} bytes is over the bound of {MAX_FRAME}")
-        return _LENGTH.pack(len(body)) + body
+def too_long(kind: Kind, size: int) -> ProtocolViolation:
+    """Return the error that says that a frame is longer than MAX_FRAME."""
+    return ProtocolViolation(f"a {kind.name} frame of {size} bytes is over the bound of {MAX_FRAME}")
 
 
 class FrameDecoder:
@@ -117,14 +109,14 @@ class FrameDecoder:
     def _cut(self, frames: list[tuple[Kind, int, list[Any]]]) -> None:
         buffer = self._buffer
         start = 0
-        while len(buffer) - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(buffer, start)
+        while len(buffer) - start >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(buffer, start)
             if length > MAX_FRAME:
                 raise ProtocolViolation(f"a frame announces {length} bytes, over the bound of {MAX_FRAME}")
-            end = start + _LENGTH.size + length
+            end = start + LENGTH.size + length
             if len(buffer) < end:
                 break
-            frames.append(_decode(bytes(buffer[start + _LENGTH.size : end])))
+            frames.append(_decode(bytes(buffer[start + LENGTH.size : end])))
             start = end
         del buffer[:start]
 

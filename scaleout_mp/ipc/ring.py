@@ -67,6 +67,9 @@ class RingWriter(_Ring):
         self._written = 0
         self._seen_mail = 0
         self._rung = 0
+        #: Whether the supervisor was going to look by itself when something was written last, and whether it had sent
+        #: something then.
+        self.awake = self.mail = False
 
     def close_descriptor(self) -> None:
         """Close it, once the supervisor has been sent its own; the mapping stays."""
@@ -74,24 +77,27 @@ class RingWriter(_Ring):
             os.close(self.descriptor)
 
     def write(self, data: bytes) -> int:
-        """Write as many bytes as fit; return how many."""
-        room = CAPACITY - (self._written - self._counters[_READ])
+        """Write as many bytes as fit; return how many. Sets `awake` and `mail`."""
+        counters = self._counters
+        written = self._written
         count = len(data)
+        room = CAPACITY - (written - counters[_READ])
         if count > room:
             data, count = data[:room], room
-        at = self._written % CAPACITY
-        start = _HEADER + at
+        at = written % CAPACITY
         if at + count <= CAPACITY:
+            start = _HEADER + at
             self._map[start : start + count] = data
         else:
             first = CAPACITY - at
-            self._map[start:] = data[:first]
+            self._map[_HEADER + at :] = data[:first]
             self._map[_HEADER : _HEADER + count - first] = data[first:]
         if not _ORDERED:
             with self._barrier:
                 pass
-        self._written += count
-        self._counters[_WRITTEN] = self._written
+        self._written = counters[_WRITTEN] = written + count
+        self.awake = time.monotonic_ns() < counters[_AWAKE]
+        self.mail = counters[_MAIL] != self._seen_mail
         return count
 
     def needs_bell(self) -> bool:

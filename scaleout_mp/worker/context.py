@@ -28,7 +28,7 @@ class Line(Protocol):
     """What a context needs of a channel."""
 
     def send(self, frame: bytes, descriptors: Sequence[int] = ()) -> None: ...  # noqa: D102
-    def record(self, kind: Kind, *fields: Any) -> None: ...  # noqa: D102
+    def record(self, kind: Kind, *fields: Any) -> bool: ...  # noqa: D102
     def receive_ready(self) -> Frame | None: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
 
@@ -83,14 +83,21 @@ class ChannelContext:
             self._show_progress()
 
     def log_metric(
-        self, metrics: Mapping[str, float], *, step: int | None = None, context: RecordIds | None = None
+        self,
+        metrics: Mapping[str, float],
+        *,
+        step: int | None = None,
+        context: RecordIds | None = None,
+        check_abort: bool = False,
     ) -> None:
         """Send metrics; raises TypeError that names a key whose value is no number, and ValueError."""
         if step is not None and (type(step) is not int or not 0 <= step <= MAX_STEP):
             raise ValueError(f"step must be a whole number from 0 to 2**32 - 1, not {step!r}")
-        where = None if context is None else [context.model_id, context.round_id, context.session_id]
+        where = None if context is None else (context.model_id, context.round_id, context.session_id)
         numbers = metrics if plain_numbers(metrics) else _numbers(metrics)
-        self._channel.record(Kind.METRIC, numbers, step, where, time.time())
+        mail = self._channel.record(Kind.METRIC, numbers, step, where, time.time())
+        if check_abort and (mail or self._abort_reason is not None):
+            self.check_abort()
 
     def log_attributes(self, attributes: Mapping[str, str]) -> None:
         """Send attributes; values become strings."""

@@ -46,11 +46,11 @@ class _TaskChannel:
                 raise StoppedException("the task that this thread belongs to is over")
             self._channel.send(frame, descriptors)
 
-    def record(self, kind: Kind, *fields: Any) -> None:
+    def record(self, kind: Kind, *fields: Any) -> bool:
         with self._lock:
             if self._over:
                 raise StoppedException("the task that this thread belongs to is over")
-            self._channel.record(kind, *fields)
+            return self._channel.record(kind, *fields)
 
     def end(self) -> None:
         with self._lock:

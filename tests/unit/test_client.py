@@ -69,8 +69,9 @@ class RecordingTask:
         self.sent = []
         self.checks = 0
 
-    def log_metric(self, metrics, *, step=None, context=None):
+    def log_metric(self, metrics, *, step=None, context=None, check_abort=False):
         self.sent.append((metrics, step, context))
+        self.checks += check_abort
 
     def log_attributes(self, attributes):
         self.sent.append(attributes)
