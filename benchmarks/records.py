@@ -31,8 +31,8 @@ COUNT = 100_000
 PEER_COUNT = 5_000
 PEER_COUNT_SLOW = 100
 PACED = 1_000
-#: Seconds of work before each metric: as often as training logs at the most, and as a training of short steps does. What
-#: a processor has not run for milliseconds is no longer in its caches, which makes any call dearer.
+#: Seconds of work before each metric: as often as training logs at the most, and as one of short steps does. What a
+#: processor has not run for milliseconds is no longer in its caches, which makes any call dearer.
 STEP = 50e-6
 LONG_STEP = 5e-3
 ROUND_TRIP = 0.05
@@ -49,7 +49,10 @@ class Bench:
         net.events.subscribe(self._note)
 
     def ours(self, task: str, count: int, step: float = STEP) -> tuple[float, float]:
-        """Have our client run a task, with so many seconds of work before each metric where it is paced; return its figure, and how many metrics arrived in a second."""
+        """Have our client run a task; return its figure, and how many metrics arrived in a second.
+
+        A paced one works for `step` seconds before each metric.
+        """
         issued = self._net.issue("ours", f"Custom_{task}", data={"parameters": {"count": count, "step": step}})
         outcome = issued.done(600)
         if outcome.status != "COMPLETED":
