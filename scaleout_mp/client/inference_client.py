@@ -9,9 +9,9 @@ from scaleout_mp.errors import NotConnectedError
 from scaleout_mp.task import current_task
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
-    from scaleout_mp.client.runtime import EdgeClientRuntime
+    from scaleout_mp.client.runtime import AutonomousTask, EdgeClientRuntime
     from scaleout_mp.model import ScaleoutModel
 
 
@@ -65,6 +65,20 @@ class InferenceClient:
                 "or call your inference function"
             )
         return self.inference_callback(model, params)
+
+    def start_autonomous_inference(
+        self, model: ScaleoutModel | str, params: Mapping[str, Any] | None = None
+    ) -> AutonomousTask:
+        """Start an inference that no server ordered; the server sees it as "Autonomous_Scaleout_Inference".
+
+        It sees of `params` what JSON can carry. Returns at once, with what tells how the task does, as
+        `start_autonomous_task`; a model that is given stays open until then. Raises NotConnectedError before
+        `init_grpchandler` and in a task's process.
+        """
+        if self._in_task():
+            raise NotConnectedError("a task's process starts no tasks")
+        started: AutonomousTask = self._inference_call("start_autonomous_inference")(model, params)
+        return started
 
     def _in_task(self) -> bool:
         return current_task() is not None or not self._has_runtime

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from scaleout_mp.supervisor import messages
 from scaleout_mp.supervisor.callbacks import MissingCallbackError
-from scaleout_mp.supervisor.jobs import Ending, Job, JobFailedError, Phase, json_text
+from scaleout_mp.supervisor.jobs import Ending, Job, JobFailedError, JobResources, Phase, json_text
+from scaleout_mp.supervisor.messages import TaskType
 from scaleout_mp.wire import edge_pb2 as pb
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from scaleout_mp.executor import Execution, PreparedCallable
     from scaleout_mp.executor.scheduling import Place
+    from scaleout_mp.model import ScaleoutModel
     from scaleout_mp.supervisor.staged_model import StagedModel
     from scaleout_mp.task import ExitReport
 
@@ -22,6 +26,8 @@ logger = logging.getLogger(__name__)
 class StagedModelJob(Job):
     """A task in the process of a staged model, which is staged first if it is not."""
 
+    #: Which callback it is about, whatever the server calls the task.
+    task_type: ClassVar[TaskType]
     _staged: StagedModel | None = None
     _call: PreparedCallable | None = None
     _has_turn = False
@@ -39,7 +45,7 @@ class StagedModelJob(Job):
         if not self.request.model_id:
             raise JobFailedError("the server sent a task without a model id")
         resources = self._resources
-        self._call = await self._phase(resources.callbacks.prepared(self.request.type))
+        self._call = await self._phase(resources.callbacks.prepared(self.task_type))
         await self._stage()
         assert self._staged is not None
         await self._phase(self._staged.turn(), Phase.PENDING)
@@ -50,7 +56,16 @@ class StagedModelJob(Job):
         self._staged = await self._phase(self._resources.models.open(self.request.model_id), Phase.DOWNLOADING)
 
     async def _run_in_worker(self, *args: Any) -> Any:
-        return await self._execute(*args, call=self._call, limits=self._resources.inference.limits)
+        assert self._call is not None
+        callbacks = self._resources.callbacks
+        return await self._run(
+            self._call,
+            *callbacks.leading(self.task_type),
+            *args,
+            self._request_info(),
+            name=callbacks.name(self.task_type),
+            limits=self._resources.inference.limits,
+        )
 
     def _on_outcome(self, execution: Execution, report: ExitReport) -> None:
         assert self._staged is not None
@@ -59,6 +74,8 @@ class StagedModelJob(Job):
 
 class StageModelJob(StagedModelJob):
     """Load a model into the cache and have a process stage it."""
+
+    task_type = TaskType.STAGE_MODEL
 
     async def _line_up(self) -> Place:
         try:
@@ -77,9 +94,13 @@ class StageModelJob(StagedModelJob):
 class InferenceJob(StagedModelJob):
     """Ask a staged model; what the callback returns is the report's response, where JSON can carry it."""
 
+    task_type = TaskType.INFERENCE
+
+    def _parameters(self) -> dict[str, Any]:
+        return messages.task_data(self.request, "parameters")
+
     async def _perform(self) -> Any:
-        parameters = messages.task_data(self.request, "parameters")
-        answer = await self._run_in_worker(parameters, True)
+        answer = await self._run_in_worker(self._parameters(), True)
         if not (isinstance(answer, tuple | list) and len(answer) == 2 and isinstance(answer[1], str)):
             raise JobFailedError("the task's process sent no answer")
         result, problem = answer
@@ -90,3 +111,34 @@ class InferenceJob(StagedModelJob):
             self._say(told, pb.LogLevel.WARNING)
         self._require_not_aborted()
         return result
+
+
+class OwnInferenceJob(InferenceJob):
+    """Inference that the client started by itself."""
+
+    def __init__(
+        self,
+        request: pb.TaskRequest,
+        resources: JobResources,
+        *,
+        on_start: Callable[[], None],
+        model: ScaleoutModel | str,
+        parameters: dict[str, Any],
+    ) -> None:
+        own = pb.TaskRequest()
+        own.CopyFrom(request)
+        # What the client starts by itself names no model on the wire.
+        own.model_id = model if isinstance(model, str) else model.model_id or "unnamed"
+        super().__init__(own, resources, on_start=on_start)
+        self._model: ScaleoutModel | str | None = model
+        self._given = parameters
+
+    async def _stage(self) -> None:
+        model, self._model = self._model, None
+        if model is None or isinstance(model, str):
+            await super()._stage()
+        else:
+            self._staged = await self._phase(self._resources.models.open_given(model), Phase.DOWNLOADING)
+
+    def _parameters(self) -> dict[str, Any]:
+        return self._given

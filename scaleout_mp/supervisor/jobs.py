@@ -322,20 +322,18 @@ class Job(abc.ABC):
         finally:
             self.moving = None
 
-    async def _execute(self, *args: Any, call: PreparedCallable | None = None, limits: Limits | None = None) -> Any:
-        """Run the callback in a process that may die and return its value; `call`: what was prepared before."""
+    async def _execute(self, *args: Any) -> Any:
+        """Run the callback in a process that may die and return its value."""
         self._require_not_aborted()
         self.phase = Phase.RUNNING
         callbacks = self._resources.callbacks
-        if call is None:
-            call = await self._phase(callbacks.prepared(self.request.type))
+        call = await self._phase(callbacks.prepared(self.request.type))
         return await self._run(
             call,
             *callbacks.leading(self.request.type),
             *args,
             self._request_info(),
             name=callbacks.name(self.request.type),
-            limits=limits,
         )
 
     async def _run(self, call: PreparedCallable, *args: Any, name: str, limits: Limits | None = None) -> Any:

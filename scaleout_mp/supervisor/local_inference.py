@@ -58,7 +58,7 @@ class LocalInference:
 
         Raises a ScaleoutError; a TaskError when it was the stage callback that did not complete.
         """
-        _require_model(model)
+        require_model(model)
 
         async def stage(models: StagedModels) -> tuple[ScaleoutModel, Outcome | None]:
             staged = await models.stage(model)
@@ -80,7 +80,7 @@ class LocalInference:
 
         Raises a ScaleoutError; a TaskError when it was the callback that did not complete.
         """
-        _require_model(model)
+        require_model(model)
         task_id = uuid.uuid4().hex
         model_id = model if isinstance(model, str) else model.model_id or ""
         request = RequestInfo(type=INFERENCE, correlation_id=task_id, model_id=model_id, round_id="", session_id="")
@@ -176,6 +176,7 @@ class _Host:
         self._thread.join()
 
 
-def _require_model(model: Any) -> None:
+def require_model(model: Any) -> None:
+    """Raise ModelError unless this is a model or an id."""
     if not isinstance(model, ScaleoutModel | str) or not model:
         raise ModelError(f"a model is a ScaleoutModel or the id of one, not {model!r}")

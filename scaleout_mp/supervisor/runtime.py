@@ -22,7 +22,6 @@ from scaleout_mp.errors import (
     AuthenticationError,
     CallbackNotSendable,
     ConfigError,
-    ModelNotFoundError,
     NotConnectedError,
     ScaleoutError,
     StateError,
@@ -38,7 +37,7 @@ from scaleout_mp.supervisor.autonomous import AutonomousJob, AutonomousTask, Own
 from scaleout_mp.supervisor.blocking import run_blocking
 from scaleout_mp.supervisor.farewell import LAST_WORDS
 from scaleout_mp.supervisor.given_token import GivenToken
-from scaleout_mp.supervisor.local_inference import LocalInference
+from scaleout_mp.supervisor.inference_runtime import InferenceRuntime
 from scaleout_mp.supervisor.service import ABORTED_BY_CLIENT, ClientService, ServicePlan
 from scaleout_mp.supervisor.snapshot import ClientSnapshot
 from scaleout_mp.supervisor.staged_model import inference_plan
@@ -47,7 +46,6 @@ from scaleout_mp.task import (
     AbortOrigin,
     AttributesRecord,
     InferenceRecord,
-    LogLine,
     MetricRecord,
     Record,
     RecordContext,
@@ -83,7 +81,7 @@ logger = logging.getLogger(__name__)
 _MAX_EARLY: Final = 10_000
 
 
-class GrpcEdgeClientRuntime:
+class GrpcEdgeClientRuntime(InferenceRuntime):
     """Connects a client over REST and gRPC and runs its tasks in processes of their own.
 
     `connect_to_api`, `init_grpchandler` and `run` block. `stop`, `abort_task`, `snapshot` and the `send_`
@@ -184,17 +182,10 @@ class GrpcEdgeClientRuntime:
         self._lock = threading.Lock()
         self._running = False
         self._stop_asked = False
-        self._records_lost = False
         self._at_work: tuple[asyncio.AbstractEventLoop, ClientService] | None = None
         self._early: list[tuple[MessageKind, Message]] = []
         self._own_early: list[OwnTaskOrder] = []
-        self._inference = LocalInference(
-            make_plan=self._plan,
-            client=lambda: self.client,
-            at_work=self._service_at_work,
-            fetch=self._fetch,
-            on_record=self._on_record,
-        )
+        super().__init__()
 
     def set_client(self, client: EdgeClient) -> None:
         """Serve this client. Called by EdgeClient when it gets this runtime."""
@@ -531,44 +522,6 @@ class GrpcEdgeClientRuntime:
 
     def check_task_abort(self) -> None:
         """Do nothing: no task runs in this process."""
-
-    # Inference
-
-    def stage_model(self, model: ScaleoutModel | str) -> ScaleoutModel:
-        """Put a model, or the one of that id, into the model cache and have a process stage it; blocks.
-
-        Needs no network for a model that is there. Raises a ScaleoutError, TaskError when the stage callback failed.
-        """
-        return self._inference.stage(model)
-
-    def run_inference(self, model: ScaleoutModel | str, params: Any = None) -> Any:
-        """Run the inference callback in the process of a staged model and return what it returned; blocks.
-
-        Raises a ScaleoutError, TaskError when the callback did not complete.
-        """
-        return self._inference.infer(model, params)
-
-    def close(self) -> None:
-        """End the processes that `stage_model` and `run_inference` started while `run` did not run."""
-        self._inference.close()
-
-    async def _fetch(self, model_id: str) -> ScaleoutModel:
-        if self._options is None:
-            raise ModelNotFoundError(
-                f"model {model_id} is not in the model cache {self.settings.model_cache_dir}, and this client is not "
-                "connected to load it from the network"
-            )
-        return await self._download(model_id)
-
-    def _on_record(self, record: Record) -> None:
-        if self._options is not None:
-            self._send(record)
-        elif not self._records_lost and not isinstance(record, LogLine):
-            self._records_lost = True
-            logger.warning(
-                "what inference callbacks log goes nowhere: the client is not connected",
-                extra={"action": "inference_records_lost"},
-            )
 
     def get_model_from_combiner(self, model_id: str) -> ScaleoutModel:
         """Download a model; blocks.

@@ -63,6 +63,7 @@ class Service:
     def describe(self, parameters):
         context = self.client.current_logging_context
         self.client.log_metric({"asked": 1})
+        self.client.log_inference_result("seen", {"digits": 3})
         return {
             "model_id": context.model_id,
             "id": context.request.correlation_id,

@@ -12,8 +12,16 @@ from observing import gone
 
 from scaleout_mp import Limits, ScaleoutModel
 from scaleout_mp.config import Settings
+from scaleout_mp.errors import ModelError
 from scaleout_mp.localnet import LocalNetworkThread
-from scaleout_mp.localnet.events import MetricReceived, ModelDownloaded, StatusReceived, TaskReported
+from scaleout_mp.localnet.events import (
+    InferenceReceived,
+    MetricReceived,
+    ModelDownloaded,
+    StatusReceived,
+    TaskEnded,
+    TaskReported,
+)
 
 STAGE, ASK = "Scaleout_StageModel", "Scaleout_Inference"
 
@@ -49,6 +57,10 @@ def running(net, tmp_path):
 
 def end_of(net, task, timeout=20):
     task.done(timeout)
+    return only_end(net, task)
+
+
+def only_end(net, task):
     (end,) = net.events.of(TaskReported, lambda event: event.correlation_id == task.correlation_id and event.done)
     return end
 
@@ -79,6 +91,9 @@ def test_the_network_stages_a_model_and_asks_it(net, running, model_id, tmp_path
     }
     (metric,) = net.events.of(MetricReceived)
     assert metric.model_id == model_id
+    (result,) = net.events.of(InferenceReceived)
+    assert (result.key, result.payload) == ("seen", {"digits": 3})
+    assert (result.inference_id, result.model_id) == (task.correlation_id, model_id)
     assert len((tmp_path / "staged").read_text().splitlines()) == 1
     assert len(net.events.of(ModelDownloaded)) == 1
 
@@ -179,6 +194,32 @@ def test_the_program_asks_while_the_client_runs(net, running, model_id, tmp_path
     # Without a client that runs, in an executor of its own, with what is in the cache.
     assert edge.client.run_inference(model_id)["answers"] == 1
     edge.client.close()
+
+
+def test_the_client_starts_an_inference_by_itself(net, running, model_id):
+    x = np.ones((1, 4))
+    with ScaleoutModel.from_training_model([np.ones((4, 3))]) as model, running() as edge:
+        described = edge.client.start_autonomous_inference(model_id, {"do": "describe"})
+        given = edge.client.start_autonomous_inference(model, {"do": "multiply", "x": x})
+        assert described.wait(20)
+        assert given.wait(20)
+        ends = [end_of_own(net, task) for task in (described, given)]
+        with pytest.raises(ModelError):
+            edge.client.start_autonomous_inference(None)
+    assert [end.status for end in ends] == [described.status, given.status] == ["COMPLETED", "COMPLETED"]
+    assert described.response["model_id"] == model_id
+    assert described.response["id"] == described.correlation_id
+    assert described.response["type"] == described.command_type == "Autonomous_Scaleout_Inference"
+    assert given.response == ends[1].response == {"y": [[8.0, 8.0, 8.0]], "shape": [1, 4]}
+    assert given.parameters == {"do": "multiply", "x": "ndarray (1, 4)", "model_id": model.model_id}
+    (result,) = net.events.of(InferenceReceived)
+    assert (result.inference_id, result.model_id) == (described.correlation_id, model_id)
+
+
+def end_of_own(net, task):
+    ended = lambda event: isinstance(event, TaskEnded) and event.correlation_id == task.correlation_id  # noqa: E731
+    net.wait_for(ended, timeout=20)
+    return only_end(net, task)
 
 
 PACKAGE = {
