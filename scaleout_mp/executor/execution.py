@@ -463,12 +463,13 @@ class Execution:
         if self._plan.state is not None:
             self._plan.state.settle(self.name, completed=report.completed)
         level = logging.DEBUG if report.completed else logging.WARNING
-        logger.log(
-            level,
-            "%s",
-            report.explain(),
-            extra={"action": "task_ended", "task_id": self.task_id, "reason": report.reason.value},
-        )
+        if logger.isEnabledFor(level):
+            logger.log(
+                level,
+                "%s",
+                report.explain(),
+                extra={"action": "task_ended", "task_id": self.task_id, "reason": report.reason.value},
+            )
         if not self._outcome.done():
             self._outcome.set_result(Outcome(report=report, value=self._value if report.completed else None))
         # Whoever awaits the outcome owns the result now: no cycle may keep its memory until a collection.

@@ -81,6 +81,10 @@ class TaskLines:
             tail.drain()
             tail.restart(kept=output_size)
 
+    def idle(self, *, on_frame: Callable[[Frame], None], on_closed: Callable[[ProtocolViolation | None], None]) -> None:
+        """Turn away from a task that is over; what is printed until the next one is nobody's."""
+        self.channel.serve(on_frame, on_closed)
+
     async def take_stacks(self, pid: int, tag: int) -> str | None:
         """Return the Python stacks of all threads of a process at this moment; None when it does not answer.
 

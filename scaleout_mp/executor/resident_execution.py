@@ -56,6 +56,7 @@ class ResidentExecution(Execution):
         self._said_end: asyncio.Future[None] = self._loop.create_future()
         #: Done when the task needs no further stopping.
         self._needs_no_stop: asyncio.Future[None] = self._loop.create_future()
+        self._clock: memory.ProcessorClock | None = None
         self._cpu_before = 0.0
         self._stays = False
 
@@ -149,7 +150,8 @@ class ResidentExecution(Execution):
         self._tag = resident.tag
         self._lines, self._group, self._child = resident.lines, resident.group, resident.child
         self._scratch = resident.scratch
-        self._cpu_before = memory.processor_time(resident.pid) or 0.0
+        self._clock = resident.clock
+        self._cpu_before = resident.clock.seconds() or 0.0
         if resident.watches is not None:
             resident.watches.close()
             resident.watches = None
@@ -157,7 +159,7 @@ class ResidentExecution(Execution):
     def _forget_process(self) -> None:
         assert self._resident is not None
         self._require_place().holding = self._resident.holding
-        self._resident = self._lines = self._group = self._child = None
+        self._resident = self._lines = self._group = self._child = self._clock = None
         self._tag = tree.new_tag()
         self._scratch = ""
         self._cpu_before = 0.0
@@ -246,8 +248,11 @@ class ResidentExecution(Execution):
             await self._stopping
         if self._reading is not None:
             await asyncio.wait([self._reading])
-        pid = child.started.result().pid
-        self._note_processor_time(memory.processor_time(pid))
+        if self._clock is None:
+            with contextlib.suppress(OSError):
+                self._clock = memory.ProcessorClock(child.started.result().pid)
+        if self._clock is not None:
+            self._note_processor_time(self._clock.seconds())
         if self._is_whole(child):
             self._stays = self._evidence.worker_stays = True
             self._keep(child)
@@ -267,6 +272,9 @@ class ResidentExecution(Execution):
         seen = self._evidence
         if child.exited.done() or not self._said_end.done() or self._lines is None or not self._lines.channel.open:
             return False
+        if self._clock is None:
+            # This program has no descriptor left for it.
+            return False
         if seen.failure is not None and seen.failure.refused is not None and seen.stop is None:
             # It ran into a limit: what it holds may be why.
             return False
@@ -278,6 +286,7 @@ class ResidentExecution(Execution):
         if self._resident is not None:
             return
         assert self._lines is not None
+        assert self._clock is not None
         place = self._require_place()
         # None: the place was given up before the task was over, since everything ends.
         holding, place.holding = place.holding or NOTHING, None
@@ -292,6 +301,7 @@ class ResidentExecution(Execution):
             scratch=self._scratch,
             scratch_keeper=self._plan.scratch,
             child=child,
+            clock=self._clock,
             keys={self._plan.call.key: self._plan.call.name},
             handed=self._handed_over(),
         )
@@ -307,6 +317,8 @@ class ResidentExecution(Execution):
         if self._child is not None:
             # It lives still if the task could not even be sent to it.
             await self._kill(self._child)
+        if self._clock is not None:
+            self._clock.close()
         await super()._leave_process()
 
     def _climb(self, abort_text: str, grace: float) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
     from scaleout_mp.ipc.frames import Frame
     from scaleout_mp.sandbox.cgroup import MemoryGroup
+    from scaleout_mp.sandbox.memory import ProcessorClock
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class Resident:
     scratch: str
     scratch_keeper: ScratchKeeper
     child: Child
+    clock: ProcessorClock
     #: Keys and names of the callables that it holds, oldest first.
     keys: dict[str, str]
     #: Bytes of models and arguments that it was handed and may still map.
@@ -138,11 +140,7 @@ class ResidentPool:
         if resident.idle_since == 0.0:
             resident.child.exited.add_done_callback(lambda _: self._on_exit(resident))
         resident.idle_since = asyncio.get_running_loop().time()
-        resident.lines.serve(
-            on_frame=_on_frame,
-            on_closed=lambda violation: self._on_closed(resident, violation),
-            output_size=resident.limits.output_size,
-        )
+        resident.lines.idle(on_frame=_on_frame, on_closed=lambda violation: self._on_closed(resident, violation))
         self._idle[resident] = None
         if self._closing or not resident.lines.channel.open or resident.child.exited.done():
             self._end(resident, "it is not needed any more")
@@ -293,6 +291,7 @@ async def end_process(resident: Resident, *, grace: float) -> None:
     if strays:
         await ladder.sweep(resident.tag)
     resident.lines.close()
+    resident.clock.close()
     if resident.group is not None:
         await asyncio.to_thread(resident.group.remove)
     if resident.scratch:

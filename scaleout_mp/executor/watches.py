@@ -52,12 +52,15 @@ class Watches:
         self._on_breach = on_breach
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
+        # Most tasks of a worker are over before anything is due: a timer costs less than a coroutine.
+        self._timers: list[asyncio.TimerHandle] = []
         self._last_sign = 0.0
         self._first_sign = asyncio.Event()
         #: None until the process runs.
         self.tree: TreeWatch | None = None
-        if limits.wall_time is not None:
-            self._run(self._watch_clock())
+        wall_time = limits.seconds("wall_time")
+        if wall_time is not None:
+            self._timers.append(self._loop.call_later(wall_time, self._on_time_up, wall_time))
 
     def process_runs(self, pid: int, *, cpu_before: float = 0.0) -> None:
         """Watch the tree below a process, which had used so many seconds of processor time before."""
@@ -71,7 +74,8 @@ class Watches:
             pids_limit=self._limits.pids,
             group=self._group,
         )
-        self._run(self._watch_use(self.tree))
+        # A new process has nothing yet: the first look can wait as long as the limits are far.
+        self._timers.append(self._loop.call_later(self.tree.pause(), self._begin_watch, self.tree))
         if self._scratch and self._limits.scratch_size is not None:
             self._run(self._watch_scratch(self.tree))
         if self._limits.no_progress is not None:
@@ -84,6 +88,8 @@ class Watches:
 
     def close(self) -> None:
         """Stop watching."""
+        for timer in self._timers:
+            timer.cancel()
         for task in self._tasks:
             task.cancel()
 
@@ -92,10 +98,11 @@ class Watches:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def _begin_watch(self, tree: TreeWatch) -> None:
+        self._run(self._watch_use(tree))
+
     async def _watch_use(self, tree: TreeWatch) -> None:
-        # A new process has nothing yet: the first look can wait as long as the limits are far.
         while True:
-            await asyncio.sleep(tree.pause())
             now = self._loop.time()
             cause = None if tree.large else tree.look(now, in_a_hurry=True)
             if tree.large:
@@ -105,6 +112,7 @@ class Watches:
                 # No grace: every moment of it would go into more of the same.
                 self._on_breach(cause, graceful=False)
                 return
+            await asyncio.sleep(tree.pause())
 
     async def _watch_scratch(self, tree: TreeWatch) -> None:
         watch = ScratchWatch(
@@ -118,11 +126,7 @@ class Watches:
                 self._on_breach(cause, graceful=False)
                 return
 
-    async def _watch_clock(self) -> None:
-        wall_time = self._limits.seconds("wall_time")
-        if wall_time is None:
-            return
-        await asyncio.sleep(wall_time)
+    def _on_time_up(self, wall_time: float) -> None:
         text = f"ran longer than its wall-clock limit of {wall_time:g} s"
         self._on_breach(StopCause(reason=EndReason.WALL_TIME, message=text), graceful=True)
 

@@ -15,6 +15,9 @@ from typing import Final
 _KIB: Final = 1024
 #: The kind of clock that counts the processor time of a whole process (linux/posix-timers.h).
 _CPUCLOCK_SCHED: Final = 2
+#: More than the line of /proc/<pid>/stat has.
+_STAT_SIZE: Final = 2048
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
 _STATUS_FIELDS: Final = (b"RssAnon:", b"RssShmem:", b"VmSwap:")
 _ROLLUP_FIELDS: Final = (b"Pss_Anon:", b"Pss_Shmem:", b"SwapPss:")
 
@@ -101,19 +104,30 @@ def shared_size(pid: int) -> int:
     return _sum_fields(f"/proc/{pid}/status", (b"RssShmem:",))[0]
 
 
-def processor_time(pid: int) -> float | None:
-    """Return the seconds of processor time of a process and the children that it waited for; None when it is gone.
+class ProcessorClock:
+    """Reads what one process uses of the processors, many times: its file in /proc stays open."""
 
-    Its own to the nanosecond, by the clock that clock_getcpuclockid(3) names.
-    """
-    try:
-        own = time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            stat = file.read()
-    except OSError:
-        return None
-    waited = sum(int(value) for value in stat[stat.rindex(b")") + 2 :].split()[13:15])
-    return own + waited / os.sysconf("SC_CLK_TCK")
+    def __init__(self, pid: int) -> None:
+        """Raises OSError when there is no such process."""
+        # By the clock that clock_getcpuclockid(3) names, to the nanosecond.
+        self._clock = (~pid << 3) | _CPUCLOCK_SCHED
+        self._stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+
+    def seconds(self) -> float | None:
+        """Return the processor time of the process and the children that it waited for; None when it is gone."""
+        try:
+            own = time.clock_gettime(self._clock)
+            stat = os.pread(self._stat, _STAT_SIZE, 0)
+        except OSError:
+            return None
+        waited = sum(int(value) for value in stat[stat.rindex(b")") + 2 :].split()[13:15])
+        return own + waited / _TICKS
+
+    def close(self) -> None:
+        """Close the file. Safe to call again."""
+        if self._stat >= 0:
+            os.close(self._stat)
+            self._stat = -1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,4 +153,4 @@ def processor_use(pids: list[int]) -> ProcessorUse:
         fields = stat[stat.rindex(b")") + 2 :].split()
         ticks += sum(int(value) for value in fields[11:15])
         threads += int(fields[17])
-    return ProcessorUse(seconds=ticks / os.sysconf("SC_CLK_TCK"), threads=threads)
+    return ProcessorUse(seconds=ticks / _TICKS, threads=threads)
