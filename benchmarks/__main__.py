@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import handover, kills, models, records, tasks
+from benchmarks import handover, inference, kills, models, records, tasks
 from benchmarks.harness import show
 
 
@@ -15,6 +15,7 @@ def main() -> int:
         *kills.kills(),
         *handover.handover(),
         *handover.supervisor_peak(),
+        *inference.inference(),
         *records.records(),
         *models.models(),
     ]

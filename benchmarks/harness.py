@@ -83,17 +83,20 @@ def compare(
     )
 
 
-def alone(what: str, ours: Sequence[float], *, unit: str, at_most: float) -> Row:
-    """Make a row of a figure that is bounded by itself."""
+def alone(
+    what: str, ours: Sequence[float], *, unit: str, at_most: float | None = None, at_least: float | None = None
+) -> Row:
+    """Make a row of a figure that is bounded by itself, from above or from below."""
     median = statistics.median(ours)
+    assert (at_most is None) != (at_least is None)
     return Row(
         what=what,
         ours=median,
         peer="",
         theirs=None,
         unit=unit,
-        target=f"at most {at_most:g} {unit}",
-        holds=median <= at_most,
+        target=f"at least {at_least:g} {unit}" if at_most is None else f"at most {at_most:g} {unit}",
+        holds=median <= at_most if at_most is not None else median >= (at_least or 0),
         ratio=None,
         runs=len(ours),
     )
