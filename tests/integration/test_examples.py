@@ -6,8 +6,11 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -156,3 +159,36 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
 def test_the_notebook_is_kept_without_outputs():
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
+def test_inference_service(tmp_path):
+    images, labels = sklearn_digits()
+    with Program(EXAMPLES / "inference_service" / "serve.py", "--port", "0", cwd=tmp_path) as service:
+        address = re.search(r"http://\S+(?=;)", service.wait_for_line("serving at", seconds=60))[0]
+
+        def post(body):
+            request = urllib.request.Request(address, json.dumps(body).encode())
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            try:
+                with opener.open(request, timeout=30) as answer:
+                    return answer.status, json.load(answer)
+            except urllib.error.HTTPError as error:
+                with error:
+                    return error.code, json.load(error)
+
+        status, answer = post({"pixels": images[1500:1700].tolist()})
+        assert status == 200
+        assert np.mean(np.array(answer["digits"]) == labels[1500:1700]) > 0.8
+        status, failed = post({"crash": True})
+        assert (status, failed) == (500, {"error": "crashed with SIGSEGV", "reason": "crashed"})
+        assert post({"pixels": images[1500:1700].tolist()}) == (200, answer)
+        service.send(signal.SIGINT)
+        assert service.end(seconds=20) == 0
+        assert service.output.count("staged model") == 2
+        assert (tmp_path / ".scaleout" / "model_cache" / f"{answer['model']}.scm").exists()
+        service.require_nothing_left(seconds=2)
+
+
+def sklearn_digits():
+    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed: `make install` has it")
+    return datasets.load_digits(return_X_y=True)

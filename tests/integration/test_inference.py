@@ -307,6 +307,38 @@ def test_models_without_any_callback_are_put_into_the_cache(start, model, tmp_pa
     assert (tmp_path / "cache" / f"{model.model_id}.scm").exists()
 
 
+@pytest.mark.parametrize(("start_method", "sandbox"), [("spawn", "auto"), ("template", "strict"), ("template", "none")])
+def test_at_every_level_and_with_either_start_method(start, model, start_method, sandbox):
+    client = start(start_method=start_method, sandbox=sandbox)
+    # At strict, processes reach no file: not that of the test's log either.
+    service = callbacks.Service(client)
+    client.set_stage_model_callback(service.stage)
+    client.set_inference_callback(service.infer)
+    client.stage_model(model).close()
+    x = np.ones((50_000, 4))
+    assert client.run_inference(model.model_id, {"do": "multiply", "x": x})["y"][0, 0] == 16
+    with pytest.raises(TaskCrashed):
+        client.run_inference(model.model_id, {"do": "crash"})
+    assert client.run_inference(model.model_id)["answers"] == 1
+
+
+def test_a_request_that_does_not_get_on_is_ended(start, model):
+    limits = Limits(abort_grace=0.5)
+    client = start(limits=limits, inference_limits=dataclasses.replace(limits, no_progress=1))
+    with pytest.raises(TaskKilled) as ended:
+        client.run_inference(model, {"do": "hang"})
+    assert ended.value.report.reason is EndReason.NO_PROGRESS
+    assert client.run_inference(model)["answers"] == 1
+
+
+def test_what_an_earlier_request_kept_is_not_overwritten_by_a_later_one(start, model):
+    client = start()
+    arrays = [np.full(500_000, number, dtype=np.int64) for number in range(4)]
+    for array in arrays:
+        client.run_inference(model, {"do": "keep", "x": array})
+    assert client.run_inference(model, {"do": "kept"}) == [0, 1, 2, 3]
+
+
 SCRIPT = """
 import os, signal, sys, threading, time
 import numpy as np
