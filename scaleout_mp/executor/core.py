@@ -312,6 +312,17 @@ class ExecutorCore:
             await execution.run()
             return
         self._line.enter(place)
+        left = False
+
+        def leave() -> None:
+            nonlocal left
+            if not left:
+                left = True
+                self._line.leave(place)
+
+        if execution.worker is None:
+            # The next one need not wait until a folder is removed.
+            execution.on_gone = leave
         try:
             if not place.at_work:
                 place.turn = asyncio.get_running_loop().create_future()
@@ -319,7 +330,7 @@ class ExecutorCore:
                 await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             await execution.run()
         finally:
-            self._line.leave(place)
+            leave()
 
     async def wait_idle(self) -> None:
         """Wait until no task is pending or running."""

@@ -86,6 +86,8 @@ class Execution:
         self._stopping: asyncio.Task[None] | None = None
         #: What it was given when its turn came.
         self.place: Place | None = None
+        #: Called when the process is gone, before what it leaves behind is tidied up.
+        self.on_gone: Callable[[], None] | None = None
         self._outcome: asyncio.Future[Outcome] = self._loop.create_future()
         #: Done as soon as somebody wants the task to end.
         self.stop_requested: asyncio.Future[None] = self._loop.create_future()
@@ -215,6 +217,8 @@ class Execution:
             self._evidence.stdout_tail, self._evidence.stderr_tail = self._lines.output()
             self._evidence.output_lost = self._lines.output_lost
         self._plan.arguments.close()
+        if self.on_gone is not None:
+            self.on_gone()
         await self._leave_process()
 
     async def _leave_process(self) -> None:

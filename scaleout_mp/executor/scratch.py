@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 _WAIT: Final = 1.0
 #: Threads that remove; others than those on which trees are killed and results are read.
 _REMOVERS: Final = 2
+#: Removing an empty folder takes microseconds, unless the disk is busy: once it took this many seconds, threads do it for
+#: so many more.
+_SLOW: Final = 0.002
+_SLOW_FOR: Final = 10.0
 _TEMPLATES_OWN: Final = "template"
 
 
@@ -31,6 +35,8 @@ class ScratchKeeper:
         self._folders: ScratchFolders | None = None
         self._threads = concurrent.futures.ThreadPoolExecutor(_REMOVERS, thread_name_prefix="scaleout-scratch")
         self._removals: set[asyncio.Future[object]] = set()
+        #: On the loop's clock.
+        self._slow_until = 0.0
 
     async def open(self) -> None:
         """Make the base folder, and begin to remove what killed supervisors left. Raises ConfigError."""
@@ -56,8 +62,19 @@ class ScratchKeeper:
 
     async def give_back(self, path: str) -> None:
         """Remove a task's folder; returns when it is gone, or soon with the removal still at work."""
-        if not self.folders.discard(path):
+        if not self._discard(path):
             await asyncio.wait([self._on_thread(lambda: self.folders.remove(path))], timeout=_WAIT)
+
+    def _discard(self, path: str) -> bool:
+        """Remove an empty folder, if that does not hold up the loop; return whether it is gone."""
+        loop = asyncio.get_running_loop()
+        before = loop.time()
+        if before < self._slow_until:
+            return False
+        gone = self.folders.discard(path)
+        if loop.time() - before > _SLOW:
+            self._slow_until = loop.time() + _SLOW_FOR
+        return gone
 
     def _on_thread(self, work: Callable[[], object]) -> asyncio.Future[object]:
         removal = asyncio.get_running_loop().run_in_executor(self._threads, work)

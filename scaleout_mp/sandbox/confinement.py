@@ -61,7 +61,8 @@ class Confinement:
 
     def to_fields(self) -> dict[str, Any]:
         """Return what a frame carries."""
-        return dataclasses.asdict(self)
+        # All are plain values; `asdict` would copy them for a tenth of a millisecond.
+        return dict(vars(self))
 
     def apply(self, own: OwnLayers) -> None:
         """Put it on. The rest of the level came with the fork, from a template that is prepared.
