@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 _WAIT: Final = 1.0
 #: Threads that remove; others than those on which trees are killed and results are read.
 _REMOVERS: Final = 2
-#: Removing an empty folder takes microseconds, unless the disk is busy: once it took this many seconds, threads do it for
-#: so many more.
+#: Removing an empty folder takes microseconds, unless the disk is busy: once it took this many seconds, threads do it
+#: for so many more.
 _SLOW: Final = 0.002
 _SLOW_FOR: Final = 10.0
 _TEMPLATES_OWN: Final = "template"

@@ -13,7 +13,7 @@ from scaleout_mp.wire import edge_pb2 as pb
 if TYPE_CHECKING:
     from scaleout_mp.client import EdgeClient
     from scaleout_mp.executor import ExecutorCore
-    from scaleout_mp.supervisor.service import ServicePlan
+    from scaleout_mp.supervisor.service_plan import ServicePlan
     from scaleout_mp.task import Record
     from scaleout_mp.transport.outbox import Outbox
 

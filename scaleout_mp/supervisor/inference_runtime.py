@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from scaleout_mp.config import Settings
     from scaleout_mp.model import ScaleoutModel
     from scaleout_mp.supervisor.jobs import Job
-    from scaleout_mp.supervisor.service import ClientService, ServicePlan
+    from scaleout_mp.supervisor.service import ClientService
+    from scaleout_mp.supervisor.service_plan import ServicePlan
     from scaleout_mp.task import Record
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from scaleout_mp.client import EdgeClient
     from scaleout_mp.executor import Outcome
-    from scaleout_mp.supervisor.service import ClientService, ServicePlan
+    from scaleout_mp.supervisor.service import ClientService
+    from scaleout_mp.supervisor.service_plan import ServicePlan
     from scaleout_mp.task import Record
 
 logger = logging.getLogger(__name__)

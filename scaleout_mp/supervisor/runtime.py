@@ -9,15 +9,12 @@ import logging
 import os
 import signal
 import threading
-import time
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from scaleout_mp.client import published
 from scaleout_mp.client.calls import AutonomousCall
-from scaleout_mp.client.values import attribute_values, callback_name, inference_payload, metric_values
+from scaleout_mp.client.values import callback_name
 from scaleout_mp.config import Limits, Resources, Sandbox, Settings, Surroundings
-from scaleout_mp.config.resources import parse_gpus, parse_memory_budget
-from scaleout_mp.config.sandbox import LevelName, as_sandbox
 from scaleout_mp.errors import (
     AuthenticationError,
     CallbackNotSendable,
@@ -27,29 +24,22 @@ from scaleout_mp.errors import (
     StateError,
 )
 from scaleout_mp.executor import ExecutorCore
-from scaleout_mp.executor.core import default_concurrency, parse_state_bytes
 from scaleout_mp.executor.residents import IDLE_SECONDS
-from scaleout_mp.executor.scheduling import require_room
 from scaleout_mp.executor.states import MAX_STATE
-from scaleout_mp.executor.worker_handle import Isolation, check_isolation
 from scaleout_mp.supervisor import connecting, messages, restart
 from scaleout_mp.supervisor.autonomous import AutonomousJob, AutonomousTask, OwnTaskOrder
 from scaleout_mp.supervisor.blocking import run_blocking
 from scaleout_mp.supervisor.farewell import LAST_WORDS
 from scaleout_mp.supervisor.given_token import GivenToken
 from scaleout_mp.supervisor.inference_runtime import InferenceRuntime
-from scaleout_mp.supervisor.service import ABORTED_BY_CLIENT, ClientService, ServicePlan
+from scaleout_mp.supervisor.record_runtime import RecordRuntime
+from scaleout_mp.supervisor.service import ABORTED_BY_CLIENT, ClientService
+from scaleout_mp.supervisor.service_plan import ClientOptions, ServicePlan
 from scaleout_mp.supervisor.snapshot import ClientSnapshot
-from scaleout_mp.supervisor.staged_model import inference_plan
 from scaleout_mp.supervisor.state import opened_state
 from scaleout_mp.task import (
     AbortOrigin,
-    AttributesRecord,
-    InferenceRecord,
-    MetricRecord,
     Record,
-    RecordContext,
-    TelemetryRecord,
 )
 from scaleout_mp.transport.backoff import Backoff
 from scaleout_mp.transport.calls import CombinerCalls
@@ -67,6 +57,8 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from scaleout_mp.client import ConnectToApiResult, EdgeClient, GrpcConnectionOptions
+    from scaleout_mp.config.sandbox import LevelName
+    from scaleout_mp.executor.worker_handle import Isolation
     from scaleout_mp.model import ScaleoutModel
     from scaleout_mp.supervisor.jobs import Job
     from scaleout_mp.supervisor.package_callbacks import PackageSource
@@ -81,11 +73,23 @@ logger = logging.getLogger(__name__)
 _MAX_EARLY: Final = 10_000
 
 
-class GrpcEdgeClientRuntime(InferenceRuntime):
+class GrpcEdgeClientRuntime(InferenceRuntime, RecordRuntime):
     """Connects a client over REST and gRPC and runs its tasks in processes of their own.
 
     `connect_to_api`, `init_grpchandler` and `run` block. `stop`, `abort_task`, `snapshot` and the `send_`
     methods may be called from any thread.
+
+    `limits` and `resources` are those of each task. `isolation`: "task", a fresh process for each, or "worker", one
+    process that keeps what the callbacks keep, see docs/isolation.md. `state_bytes` bounds `client.state` of each
+    callback. `max_concurrent_tasks`: as many as there are processors, at least four. `heartbeat_interval` is in
+    seconds. `echo_output` shows what tasks print. `memory_budget`, `gpus`, `scratch_folder`, `working_directory`,
+    `environment`, `pass_environment` and `shield` are as for TaskExecutor. `state_dir` is the folder below which
+    the client keeps what must reach the server; ":memory:" for none, as in a notebook. `package` is a compute
+    package, such as LocalPackage; its callbacks take the place of those that are set on the client.
+    `goodbye_seconds` is how long, at the end, the client tries to get rid of what waits for the server.
+    `trusted_signers` says whose signature a model needs before a task gets it. `inference_concurrency` requests to
+    one staged model run at once, `inference_limits` are those of each (default: `limits`), and its processes end
+    after `inference_idle_time` without one, in seconds or as "10m"; None: never.
     """
 
     def __init__(
@@ -117,65 +121,42 @@ class GrpcEdgeClientRuntime(InferenceRuntime):
         inference_idle_time: float | str | None = IDLE_SECONDS,
         inference_limits: Limits | None = None,
     ) -> None:
-        """Read what is not given from the environment.
-
-        `limits` and `resources` are those of each task. `isolation`: "task", a fresh process for each, or "worker", one
-        process that keeps what the callbacks keep, see docs/isolation.md. `state_bytes` bounds `client.state` of each
-        callback. `max_concurrent_tasks`: as many as there are processors, at least four. `heartbeat_interval` is in
-        seconds. `echo_output` shows what tasks print. `memory_budget`, `gpus`, `scratch_folder`, `working_directory`,
-        `environment`, `pass_environment` and `shield` are as for TaskExecutor. `state_dir` is the folder below which
-        the client keeps what must reach the server; ":memory:" for none, as in a notebook. `package` is a compute
-        package, such as LocalPackage; its callbacks take the place of those that are set on the client.
-        `goodbye_seconds` is how long, at the end, the client tries to get rid of what waits for the server.
-        `trusted_signers` says whose signature a model needs before a task gets it. `inference_concurrency` requests to
-        one staged model run at once, `inference_limits` are those of each (default: `limits`), and its processes end
-        after `inference_idle_time` without one, in seconds or as "10m"; None: never.
-        """
-        if not heartbeat_interval > 0:
-            raise ConfigError(f"heartbeat_interval must be above 0 seconds, not {heartbeat_interval!r}")
-        if max_concurrent_tasks is not None and max_concurrent_tasks < 1:
-            raise ConfigError(f"max_concurrent_tasks must be above 0, not {max_concurrent_tasks!r}")
-        if start_method not in {"template", "spawn"}:
-            raise ConfigError(f'start_method must be "template" or "spawn", not {start_method!r}')
+        """Read what is not given from the environment. Raises ConfigError that names the field."""
         self.settings = settings or Settings.from_environ()
-        self.limits = limits or Limits()
+        self._plan_options = ClientOptions.checked(
+            settings=self.settings,
+            limits=limits,
+            start_method=start_method,
+            sandbox=sandbox,
+            isolation=isolation,
+            state_bytes=state_bytes,
+            memory_budget=memory_budget,
+            gpus=gpus,
+            resources=resources,
+            max_concurrent_tasks=max_concurrent_tasks,
+            heartbeat_interval=heartbeat_interval,
+            echo_output=echo_output,
+            surroundings=Surroundings(
+                scratch_folder=scratch_folder,
+                working_directory=working_directory,
+                environment=environment or {},
+                pass_environment=pass_environment,
+                shield=shield,
+            ),
+            goodbye_seconds=goodbye_seconds,
+            inference_concurrency=inference_concurrency,
+            inference_idle_time=inference_idle_time,
+            inference_limits=inference_limits,
+            package=package,
+        )
+        self.limits = self._plan_options.limits
         self._client = client
-        self._start_method: Literal["template", "spawn"] = start_method
-        self._sandbox = as_sandbox(sandbox)
-        check_isolation(isolation)
-        self._isolation = isolation
-        self._state_bytes = parse_state_bytes(state_bytes)
-        self._memory_budget, self._gpus = parse_memory_budget(memory_budget), parse_gpus(gpus)
-        self._resources = resources or Resources()
-        require_room(self.limits, self._resources, memory_budget=self._memory_budget, gpus=self._gpus)
-        self._max_concurrent_tasks = default_concurrency() if max_concurrent_tasks is None else max_concurrent_tasks
-        self._heartbeat_interval = heartbeat_interval
-        self._echo_output = echo_output
-        self._surroundings = Surroundings(
-            scratch_folder=scratch_folder,
-            working_directory=working_directory,
-            environment=environment or {},
-            pass_environment=pass_environment,
-            shield=shield,
-        )
-        if not goodbye_seconds >= 0:
-            raise ConfigError(f"goodbye_seconds must be at least 0, not {goodbye_seconds!r}")
-        self._goodbye_seconds = goodbye_seconds
-        self._inference_plan = inference_plan(
-            cache_dir=self.settings.model_cache_dir,
-            concurrency=inference_concurrency,
-            idle_time=inference_idle_time,
-            limits=self.limits,
-            request_limits=inference_limits,
-        )
-        require_room(self._inference_plan.limits, self._resources, memory_budget=self._memory_budget, gpus=self._gpus)
         self._signers = trusted_signers or connecting.signers_of(self.settings)
         self._state_dir = self.settings.state_dir if state_dir is None else os.fspath(state_dir)
         #: Where the client belongs: the API's address, or the combiner's when it never asked the API.
         self._api_url: str | None = None
         self._kept_id: KeptId | None = None
         self._moments = messages.Moments()
-        self._package = package
         self._options: GrpcConnectionOptions | None = None
         self._token = GivenToken(self.settings)
         # Guards what other threads touch while `run` comes and goes.
@@ -350,28 +331,13 @@ class GrpcEdgeClientRuntime(InferenceRuntime):
     def _plan(self, *, with_heartbeat: bool = False, with_polling: bool = False) -> ServicePlan:
         client = self.client
         return ServicePlan(
+            **vars(self._plan_options),
             client_id=client.client_id or "",
             name=client.name or client.client_id or "",
-            settings=self.settings,
-            limits=self.limits,
-            start_method=self._start_method,
-            sandbox=self._sandbox,
-            isolation=self._isolation,
-            state_bytes=self._state_bytes,
-            memory_budget=self._memory_budget,
-            gpus=self._gpus,
-            resources=self._resources,
-            max_concurrent_tasks=self._max_concurrent_tasks,
-            heartbeat_interval=self._heartbeat_interval,
-            echo_output=self._echo_output,
-            surroundings=self._surroundings,
-            goodbye_seconds=self._goodbye_seconds,
             with_heartbeat=with_heartbeat,
             with_polling=with_polling,
             cannot_restart=restart.why_not(),
-            inference=self._inference_plan,
             make_transfer=self._make_transfer,
-            package=self._package,
         )
 
     async def _main(self, plan: ServicePlan, client: EdgeClient, state: StateFolder | None) -> bool:
@@ -455,53 +421,6 @@ class GrpcEdgeClientRuntime(InferenceRuntime):
     def link_quality(self) -> LinkState:
         """How good the link to the combiner is."""
         return self.snapshot().link
-
-    # What the program logs outside any task
-
-    def send_metric(
-        self,
-        metrics: Mapping[str, float],
-        model_id: str | None,
-        step: int | None,
-        round_id: str | None,
-        session_id: str | None,
-    ) -> bool:
-        """Send metrics; False, said in the log, when the client is not connected."""
-        context = RecordContext(model_id=model_id, round_id=round_id, session_id=session_id)
-        return self._send(MetricRecord(metrics=metrics, step=step, timestamp=time.time(), context=context))
-
-    def send_attributes(self, attributes: Mapping[str, str], priority: str | None = None) -> bool:
-        """Send attributes; False, said in the log, when the client is not connected."""
-        del priority
-        attributes = attribute_values(attributes)
-        return self._send(AttributesRecord(attributes=attributes, timestamp=time.time()))
-
-    def send_telemetry(
-        self,
-        telemetry: Mapping[str, float] | None = None,
-        *,
-        key: str | None = None,
-        payload: Mapping[str, Any] | None = None,
-        priority: str | None = None,
-    ) -> bool:
-        """Send telemetry, in the form of either release; False, said in the log, when the client is not connected."""
-        del priority
-        telemetry = metric_values(published.telemetry_values(key, payload, telemetry), what="telemetry value")
-        return self._send(TelemetryRecord(telemetry=telemetry, timestamp=time.time()))
-
-    def send_inference_result(
-        self,
-        key: str,
-        payload: Mapping[str, Any] | str,
-        inference_id: str,
-        model_id: str,
-        priority: str | None = None,
-    ) -> bool:
-        """Send a result of an inference; False, said in the log, when the client is not connected."""
-        del priority
-        text = payload if isinstance(payload, str) else inference_payload(payload)
-        ids = {"inference_id": inference_id, "model_id": model_id}
-        return self._send(InferenceRecord(key=key, payload=text, timestamp=time.time(), **ids))
 
     def _send(self, record: Record) -> bool:
         with self._lock:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import dataclasses
 import functools
 import json
 import logging
 import signal
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
-from scaleout_mp.executor import ExecutorCore
 from scaleout_mp.supervisor import messages, vitals
 from scaleout_mp.supervisor.callback_sources import callbacks_for
 from scaleout_mp.supervisor.farewell import ABORT_MARGIN, Farewell, cancelled
@@ -39,22 +37,18 @@ from scaleout_mp.transport.outbox import Outbox
 from scaleout_mp.wire import methods
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Coroutine
 
     from google.protobuf.message import Message
 
     from scaleout_mp.client import EdgeClient
-    from scaleout_mp.config import Limits, Resources, Sandbox, Settings, Surroundings
     from scaleout_mp.errors import TransportError
-    from scaleout_mp.executor.worker_handle import Isolation
     from scaleout_mp.supervisor.autonomous import AutonomousTask, OwnTaskOrder
-    from scaleout_mp.supervisor.package_callbacks import PackageSource
     from scaleout_mp.supervisor.restart import RestartOrder
-    from scaleout_mp.supervisor.staged_model import InferencePlan
+    from scaleout_mp.supervisor.service_plan import ServicePlan
     from scaleout_mp.supervisor.state import StateFolder
     from scaleout_mp.transport.calls import CombinerCalls
     from scaleout_mp.transport.message import Ticket
-    from scaleout_mp.transport.transfer import ModelTransfer
     from scaleout_mp.wire import edge_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -63,55 +57,6 @@ ENDING: Final = "Aborted by client: the client is shutting down"
 ABORTED_BY_CLIENT: Final = "Aborted by client"
 #: Ends of tasks that are remembered for who looks.
 _DEATHS: Final = 10
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ServicePlan:
-    """How a client works."""
-
-    client_id: str
-    name: str
-    settings: Settings
-    limits: Limits
-    start_method: Literal["template", "spawn"]
-    sandbox: Sandbox
-    isolation: Isolation
-    #: Bytes.
-    state_bytes: int
-    #: Bytes; None: not counted.
-    memory_budget: int | None
-    gpus: tuple[str, ...] | None
-    resources: Resources
-    max_concurrent_tasks: int
-    heartbeat_interval: float
-    echo_output: bool
-    surroundings: Surroundings
-    #: Seconds to tell the server what is left to tell, at the end.
-    goodbye_seconds: float
-    with_heartbeat: bool
-    with_polling: bool
-    #: Why the program cannot be started anew in its own place; empty when it can.
-    cannot_restart: str
-    inference: InferencePlan
-    #: How models come and go over given calls.
-    make_transfer: Callable[[CombinerCalls], ModelTransfer]
-    #: Where the callbacks come from; None: they are set on the client.
-    package: PackageSource | None = None
-
-    def make_core(self) -> ExecutorCore:
-        """Return an executor for its tasks, on the running loop."""
-        return ExecutorCore(
-            limits=self.limits,
-            start_method=self.start_method,
-            sandbox=self.sandbox,
-            state_bytes=self.state_bytes,
-            memory_budget=self.memory_budget,
-            gpus=self.gpus,
-            resources=self.resources,
-            max_concurrent_tasks=self.max_concurrent_tasks,
-            echo_output=self.echo_output,
-            surroundings=self.surroundings,
-        )
 
 
 class ClientService:
