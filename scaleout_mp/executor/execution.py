@@ -135,13 +135,13 @@ class Execution:
     def memory_now(self) -> int:
         """Bytes that the tree has made its own, at the last look."""
         tree = self._tree
-        return 0 if tree is None else tree.now
+        return 0 if tree is None else tree.memory.now
 
     @property
     def memory_peak(self) -> int:
         """The largest value of `memory_now` so far."""
         tree = self._tree
-        return 0 if tree is None else tree.peak
+        return 0 if tree is None else tree.memory.peak
 
     @property
     def _tree(self) -> TreeWatch | None:
@@ -287,7 +287,7 @@ class Execution:
             self._evidence.layers = started.layers if self._group is None else (*started.layers, self._group.NAME)
             if self._life.state is TaskState.STARTING:
                 self._advance(TaskState.RUNNING)
-            self._watch_process(watches, started.pid)
+            self._watch_process(watches, child, started.pid)
             strays = await self._until_gone(child)
         except LauncherError as error:
             self._evidence.launcher_problem = str(error)
@@ -300,13 +300,15 @@ class Execution:
         if self._reading is not None:
             await asyncio.wait([self._reading])
 
-    def _watch_process(self, watches: Watches, pid: int) -> None:
-        watches.process_runs(pid)
+    def _watch_process(self, watches: Watches, child: Child, pid: int) -> None:
+        watches.process_runs(pid, child.lookout)
 
     async def _until_gone(self, child: Child) -> bool:
         """Wait for the end of the task's process; return whether its tree may have left something."""
         exited = await child.exited
         self._evidence.exited = exited
+        if self._watches is not None:
+            self._watches.catch_up()
         self._evidence.killed_by_kernel = self._tree is not None and self._tree.killed_by_kernel()
         return exited.strays
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from scaleout_mp.executor.interpreter import Interpreter
+    from scaleout_mp.executor.lookout import LookoutLine
     from scaleout_mp.ipc.arguments import PreparedCallable
     from scaleout_mp.sandbox.confinement import Confinement
 
@@ -54,6 +55,8 @@ class Child:
 
     started: asyncio.Future[Started]
     exited: asyncio.Future[Exited]
+    #: Watches its memory when it is near its limit, where the launcher has somebody for that.
+    lookout: LookoutLine | None = None
 
 
 class Launcher(Protocol):

@@ -219,8 +219,8 @@ class ResidentExecution(Execution):
         # Processor time is counted for each task; a limit of the process would count them all.
         return dataclasses.replace(super()._confinement(), resident=True, cpu_limit=0, handed_over=_ARGUMENTS)
 
-    def _watch_process(self, watches: Watches, pid: int) -> None:
-        watches.process_runs(pid, cpu_before=self._cpu_before)
+    def _watch_process(self, watches: Watches, child: Child, pid: int) -> None:
+        watches.process_runs(pid, child.lookout, cpu_before=self._cpu_before)
 
     # --- The end -----------------------------------------------------------------------------------------------------
 

@@ -168,7 +168,7 @@ class ResidentPool:
                 scratch=resident.scratch,
                 on_breach=lambda cause, **_: self._on_breach(resident, cause),
             )
-            resident.watches.process_runs(resident.pid)
+            resident.watches.process_runs(resident.pid, resident.child.lookout)
 
     def _on_breach(self, resident: Resident, cause: StopCause) -> None:
         if resident in self._idle:

@@ -17,6 +17,7 @@ from scaleout_mp.config.machine import THREAD_VARIABLES, wanted_threads
 from scaleout_mp.errors import LauncherError, ProtocolViolation
 from scaleout_mp.executor.interpreter import Interpreter
 from scaleout_mp.executor.launcher import Child, Exited, Started, StartOrder
+from scaleout_mp.executor.lookout import LookoutLine
 from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.channel import channel_pair, close_all
 from scaleout_mp.ipc.frames import MAX_LOADED, Frame, Kind
@@ -57,6 +58,7 @@ class _Life:
 
     process: subprocess.Popen[bytes]
     channel: SupervisorChannel
+    lookout: LookoutLine
     ready: asyncio.Future[None]
     #: Keys of the callables it holds, oldest first: the template drops them in the same order.
     keys: dict[str, str]
@@ -142,7 +144,7 @@ class TemplateLauncher:
         """Order a process; a template that died is started anew first."""
         life = self._alive()
         loop = asyncio.get_running_loop()
-        child = Child(started=loop.create_future(), exited=loop.create_future())
+        child = Child(started=loop.create_future(), exited=loop.create_future(), lookout=life.lookout)
         for future in (child.started, child.exited):
             # Whoever waits gets the error; when nobody does, it is not news.
             future.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -168,7 +170,8 @@ class TemplateLauncher:
         place = self._place()
         interpreter = self._interpreter
         ours, theirs = channel_pair()
-        with theirs:
+        lookout, their_lookout = channel_pair()
+        with theirs, their_lookout:
             # Through vfork and exec, never a plain fork: this process may have gRPC's threads.
             process = subprocess.Popen(
                 # -P: a module of the user's folder must not stand in for one of the standard library.
@@ -178,7 +181,9 @@ class TemplateLauncher:
                     "-m",
                     "scaleout_mp.worker",
                     place.scratch,
+                    str(their_lookout.fileno()),
                 ],
+                pass_fds=[their_lookout.fileno()],
                 stdin=theirs.fileno(),
                 env=_template_environment(place.environment, interpreter),
                 # Out of reach of what a terminal, or `timeout`, sends to a process group.
@@ -195,7 +200,9 @@ class TemplateLauncher:
             self._on_closed(life, violation)
 
         channel = SupervisorChannel(ours, on_frame=on_frame, on_closed=on_closed)
-        life = self._life = _Life(process=process, channel=channel, ready=ready, keys={}, children={})
+        life = self._life = _Life(
+            process=process, channel=channel, lookout=LookoutLine(lookout), ready=ready, keys={}, children={}
+        )
         channel.send(
             frames.encode(
                 Kind.SETUP,
@@ -277,6 +284,7 @@ class TemplateLauncher:
                 future.set_exception(LauncherError(problem))
 
     def _on_closed(self, life: _Life, violation: ProtocolViolation | None) -> None:
+        life.lookout.close()
         if life is self._life:
             self._life = None
         if not life.closing:

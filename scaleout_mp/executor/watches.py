@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from scaleout_mp.executor.report import StopCause
 from scaleout_mp.executor.scratch_watch import ScratchWatch
 from scaleout_mp.executor.watchdog import TreeWatch
+from scaleout_mp.sandbox.tree_memory import TreeMemory
 from scaleout_mp.task import EndReason
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from scaleout_mp.config import Limits
+    from scaleout_mp.executor.lookout import LookoutLine
     from scaleout_mp.sandbox.cgroup import MemoryGroup
 
+#: Seconds after which somebody who is never late counts the memory: the shortest tasks are not worth the message.
+_HANDED_OVER: Final = 0.01
 #: Seconds that a process may take until its callable begins, where that counts as no progress.
 _FIRST_SIGN: Final = 60.0
 
@@ -56,24 +60,31 @@ class Watches:
         self._timers: list[asyncio.TimerHandle] = []
         self._last_sign = 0.0
         self._first_sign = asyncio.Event()
+        self._lookout: LookoutLine | None = None
         #: None until the process runs.
         self.tree: TreeWatch | None = None
         wall_time = limits.seconds("wall_time")
         if wall_time is not None:
             self._timers.append(self._loop.call_later(wall_time, self._on_time_up, wall_time))
 
-    def process_runs(self, pid: int, *, cpu_before: float = 0.0) -> None:
-        """Watch the tree below a process, which had used so many seconds of processor time before."""
+    def process_runs(self, pid: int, lookout: LookoutLine | None, *, cpu_before: float = 0.0) -> None:
+        """Watch the tree below a process, which had used so many seconds of processor time before.
+
+        `lookout` takes over the watch on its memory where that must not be late.
+        """
+        self._lookout = lookout
         self.tree = TreeWatch(
             pid=pid,
             tag=self._tag,
-            memory_limit=self._limits.memory_bytes,
-            shared=self._shared,
+            memory=TreeMemory(limit=self._limits.memory_bytes, shared=self._shared),
             cpu_limit=self._limits.seconds("cpu_time"),
             cpu_before=cpu_before,
             pids_limit=self._limits.pids,
             group=self._group,
         )
+        if lookout is not None and lookout.open and self.tree.to_hand_over:
+            lookout.prepare()
+            self._timers.append(self._loop.call_later(_HANDED_OVER, self._hand_over, lookout, self.tree))
         # A new process has nothing yet: the first look can wait as long as the limits are far.
         self._timers.append(self._loop.call_later(self.tree.pause(), self._begin_watch, self.tree))
         if self._scratch and self._limits.scratch_size is not None:
@@ -92,11 +103,22 @@ class Watches:
             timer.cancel()
         for task in self._tasks:
             task.cancel()
+        if self._lookout is not None and self.tree is not None:
+            self._lookout.forget(self.tree)
+
+    def catch_up(self) -> None:
+        """Hear what others have seen of the tree before it was gone."""
+        if self._lookout is not None and self.tree is not None and self.tree.handed_over:
+            self._lookout.catch_up()
 
     def _run(self, watch: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(watch)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _hand_over(self, lookout: LookoutLine, tree: TreeWatch) -> None:
+        if lookout.open:
+            lookout.watch(tree, lambda: self._on_breach(tree.breach(), graceful=False))
 
     def _begin_watch(self, tree: TreeWatch) -> None:
         self._run(self._watch_use(tree))

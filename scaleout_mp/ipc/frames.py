@@ -56,6 +56,12 @@ class Kind(enum.IntEnum):
     STARTED = 50
     NOT_STARTED = 51
     EXITED = 52
+    # Supervisor to lookout.
+    WATCH = 64
+    FORGET = 65
+    # Lookout to supervisor.
+    USE = 80
+    BREACH = 81
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

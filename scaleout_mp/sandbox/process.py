@@ -69,6 +69,18 @@ def set_dumpable(allowed: bool) -> None:
     prctl(_PR_SET_DUMPABLE, int(allowed))
 
 
+def run_before_others() -> None:
+    """Have this process run whenever it wants to, where that is permitted; what it forks does not."""
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+
+
+def run_as_others_do() -> None:
+    """Undo `run_before_others`."""
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 def forbid_new_privileges() -> None:
     """Have set-id programs and file capabilities give nothing, to this process and every descendant."""
     prctl(_PR_SET_NO_NEW_PRIVS, 1)
@@ -131,12 +143,16 @@ def thread_count() -> int:
 
 def children() -> list[int]:
     """Return the pids of this single-threaded process's children, zombies included."""
+    return children_of(os.getpid())
+
+
+def children_of(parent: int) -> list[int]:
+    """Return the pids of the children of a single-threaded process, zombies included."""
     try:
-        return [int(pid) for pid in _read(f"/proc/self/task/{os.getpid()}/children").split()]
+        return [int(pid) for pid in _read(f"/proc/{parent}/task/{parent}/children").split()]
     except OSError:
         # A kernel without CONFIG_PROC_CHILDREN.
-        own = os.getpid()
-        return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _parent(pid) == own]
+        return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _parent(pid) == parent]
 
 
 def _parent(pid: int) -> int:

@@ -23,7 +23,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
 #: Tags lie in [2^60, 2^61): above any limit that a person would set, below "unlimited".
 _TAG_BASE: Final = 1 << 60
@@ -64,7 +64,8 @@ def wear_tag(tag: int) -> None:
         raise PermissionError(errno.EPERM, text) from error
 
 
-def _wears(pid: int, tag: int) -> bool:
+def wears(pid: int, tag: int) -> bool:
+    """Whether a process wears the tag."""
     try:
         return resource.prlimit(pid, resource.RLIMIT_RTTIME)[1] == tag
     except (ProcessLookupError, PermissionError):
@@ -82,19 +83,29 @@ def is_stray(pid: int, tags: Collection[int]) -> bool:
     return worn not in tags and worn != own
 
 
-def _is_zombie(pid: int) -> bool:
+def _state(pid: int) -> bytes:
+    """Return the letter of a process's state, as of proc(5); "X" when it is gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             stat = file.read()
     except OSError:
-        return True
-    return stat[stat.rindex(b")") + 2 : stat.rindex(b")") + 3] in b"ZX"
+        return b"X"
+    return stat[stat.rindex(b")") + 2 : stat.rindex(b")") + 3]
+
+
+def _is_zombie(pid: int) -> bool:
+    return _state(pid) in b"ZX"
+
+
+def stop_tagged(pids: Iterable[int], tag: int) -> list[int]:
+    """Have those of the processes that wear the tag stop; return those that were not stopped before."""
+    return [pid for pid in pids if _state(pid) not in b"TtZX" and signal_process(pid, tag, signal.SIGSTOP)]
 
 
 def tagged(tag: int) -> list[int]:
     """Return the pids of all living processes that wear the tag."""
     return [
-        pid for name in os.listdir("/proc") if name.isdigit() and _wears(pid := int(name), tag) and not _is_zombie(pid)
+        pid for name in os.listdir("/proc") if name.isdigit() and wears(pid := int(name), tag) and not _is_zombie(pid)
     ]
 
 
@@ -112,7 +123,7 @@ class Census:
             # Before the search, so that another thread does not begin one as well.
             self._taken = now
             self._wearers = _search()
-        return [pid for pid in self._wearers.get(tag, ()) if _wears(pid, tag) and not _is_zombie(pid)]
+        return [pid for pid in self._wearers.get(tag, ()) if wears(pid, tag) and not _is_zombie(pid)]
 
 
 def _search() -> dict[int, list[int]]:
@@ -139,7 +150,7 @@ def signal_process(pid: int, tag: int, number: int) -> bool:
     try:
         # The descriptor is bound to one process. If that still exists after the tag was read by number, the tag
         # was this process's own: a pid is not given out again before its process was reaped.
-        if not _wears(pid, tag):
+        if not wears(pid, tag):
             return False
         _send(descriptor, pid, number)
         if number == signal.SIGKILL:

@@ -1,13 +1,15 @@
-"""Guardian and template. Run as `python -m scaleout_mp.worker SCRATCH`, with the template's control channel as stdin.
+"""Guardian and template. Run as `python -m scaleout_mp.worker SCRATCH LOOKOUT`.
 
-SCRATCH is the folder of the tasks' scratch folders. What the template imports is imported after the fork, so that the
-guardian stays small.
+Standard input is the template's control channel, SCRATCH the folder of the tasks' scratch folders, LOOKOUT the
+descriptor of the guardian's own channel. What the template imports is imported after the fork, so that the guardian
+stays small.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import os
+import resource
 import signal
 import socket
 import sys
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 def main() -> NoReturn:
     """Run guardian and template."""
     sock = socket.socket(fileno=os.dup(0))
+    lookout = socket.socket(fileno=int(sys.argv[2]))
+    lookout.set_inheritable(False)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
@@ -32,13 +36,16 @@ def main() -> NoReturn:
     process.forbid_core_files()
     process.adopt_orphans()
     supervisor = os.getppid()
-    guardian = Guardian(sock, supervisor, sys.argv[1])
+    guardian = Guardian(sock, lookout, supervisor, sys.argv[1])
     above = os.getpid()
     pid = os.fork()
     if pid:
         guardian.watch(pid)
     process.die_with_parent(above)
     process.adopt_orphans()
+    lookout.close()
+    # The guardian alone may run before all others.
+    process.limit_own(resource.RLIMIT_RTPRIO, 0)
     # Of this process, and by inheritance of every task: the Python stack at the moment of a crash.
     faulthandler.enable(file=2)
     from scaleout_mp.ipc.channel import ChildChannel

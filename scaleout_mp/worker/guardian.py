@@ -19,8 +19,12 @@ from scaleout_mp.sandbox.removal import OPEN, remove_ownerless
 if TYPE_CHECKING:
     import socket
 
+    from scaleout_mp.worker.lookout import Lookout
+
 #: Seconds between two rounds of killing: the dead have to be gone before their children show.
 _ROUND: Final = 0.001
+#: Seconds from which on poll(2) is exact enough.
+_WHOLE: Final = 0.005
 #: Seconds for resource trackers, which remove what the tasks left in /dev/shm.
 _TRACKERS: Final = 0.5
 #: Seconds for removing what a dead supervisor's tasks wrote; what is left then goes with the next one's start.
@@ -30,11 +34,15 @@ _REMOVAL: Final = 0.5
 class Guardian:
     """State of the guardian."""
 
-    def __init__(self, channel: socket.socket, supervisor: int, scratch: str) -> None:
+    def __init__(self, channel: socket.socket, lookout: socket.socket, supervisor: int, scratch: str) -> None:
         """Watch over what is forked from now on.
 
-        `supervisor` is the pid of the parent, `scratch` the folder that holds its tasks' scratch folders.
+        `supervisor` is the pid of the parent, `lookout` a channel of our own to it, `scratch` the folder that holds
+        its tasks' scratch folders.
         """
+        self._line = lookout
+        #: Made when the first order comes: without one the guardian stays small.
+        self._lookout: Lookout | None = None
         self._scratch = scratch
         self._channel = channel
         self._supervisor = os.pidfd_open(supervisor)
@@ -53,18 +61,45 @@ class Guardian:
         # A fork of the supervisor may hold the channel open after its death.
         poll.register(self._supervisor, select.POLLIN)
         poll.register(self._wakeup, select.POLLIN)
+        poll.register(self._line, select.POLLIN)
+        harmless = {self._wakeup, self._line.fileno()}
+        # A task that passes its limit may have taken all processors.
+        process.run_before_others()
         status = None
         while status is None:
-            ready = {descriptor for descriptor, _ in poll.poll()}
+            ready = self._wait(poll)
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wakeup, 4096)
             status = _reap(template)
-            if ready - {self._wakeup}:
+            if ready - harmless or not self._look_out(template, ordered=self._line.fileno() in ready):
                 break
         _end_everything()
+        process.run_as_others_do()
         if select.select([self._supervisor], [], [], 0)[0]:
             _clear_away(self._scratch)
         _end_like(status)
+
+    def _wait(self, poll: select.poll) -> set[int]:
+        """Return the descriptors on which something has happened; none when a look is due."""
+        pause = None if self._lookout is None else self._lookout.pause()
+        if pause is None:
+            return {descriptor for descriptor, _ in poll.poll()}
+        # poll(2) knows whole milliseconds only, in which a process touches several megabytes.
+        whole = pause >= _WHOLE
+        ready = {descriptor for descriptor, _ in poll.poll(int(pause * 1000) if whole else 0)}
+        if not whole and not ready:
+            time.sleep(pause)
+        return ready
+
+    def _look_out(self, template: int, *, ordered: bool) -> bool:
+        """Do what is due; False once the supervisor is gone."""
+        if ordered and self._lookout is None:
+            from scaleout_mp.worker.lookout import Lookout
+
+            self._lookout = Lookout(self._line)
+        if self._lookout is None:
+            return True
+        return (not ordered or self._lookout.receive()) and self._lookout.look(template)
 
 
 def _reap(template: int) -> int | None:

@@ -32,6 +32,7 @@ def test_the_unit_gives_the_client_what_it_needs():
     assert unit["KillMode"] == "mixed"
     assert unit["Delegate"] == "yes"
     assert unit["OOMPolicy"] == "continue"
+    assert unit["LimitRTPRIO"] == "1"
     assert float(unit["TimeoutStopSec"]) > Limits().abort_grace_seconds + ABORT_MARGIN + LAST_WORDS + 5
     assert float(unit["WatchdogSec"]) >= 30
     assert f"Environment=SCALEOUT_MP_STATE_DIR=%S/{unit['StateDirectory']}" in UNIT.read_text()

@@ -9,8 +9,9 @@ import time
 
 MIB = 1 << 20
 STEP = MIB
-#: Three times the limit of the tests: where a limit fails, nothing worse happens than a failed test.
-MOST = 1536 * MIB
+#: More than twice the limit of the tests, and less than what RLIMIT_DATA refuses at once: where a limit fails, nothing
+#: worse happens than a failed test.
+MOST = 1296 * MIB
 CHILDREN = 3
 _MADV_HUGEPAGE, _MADV_NOHUGEPAGE = 14, 15
 _libc = ctypes.CDLL(None)

@@ -15,8 +15,6 @@ from scaleout_mp.sandbox.cgroup import MemoryGroups
 LIMIT = 512 * MIB
 #: Bytes past the limit, with and without a memory cgroup.
 KERNEL_OVERSHOOT, WATCHDOG_OVERSHOOT = MIB, 16 * MIB
-#: Without a cgroup, for pages that several processes share: to count each once takes the kernel 10 ms a process.
-SHARED_OVERSHOOT = 48 * MIB
 ATTEMPTS = 4
 PROGRAMS = {
     "private-4KiB": (overshoot_programs.private, False),
@@ -51,8 +49,6 @@ def kept_by(request):
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_loop_that_touches_memory_as_fast_as_it_can(kept_by, tmp_path, program):
     executor, most = kept_by
-    if program == "shared-grandchildren" and most == WATCHDOG_OVERSHOOT:
-        most = SHARED_OVERSHOOT
     # The watchdog is a thread like any other: that somebody else had the processors says nothing about it.
     overshoots = []
     while not overshoots or (overshoots[-1] > most / MIB and len(overshoots) < ATTEMPTS):
