@@ -8,12 +8,15 @@ import sys
 
 #: A command that cannot start: wrong usage, or a part that is not installed.
 EXIT_USAGE = 2
+#: What commands need beside click.
+_EXTRAS = {"demo": "demo", "localnet": "cli,localnet"}
 
 
 def main() -> int:
     """Run the command line and return its exit code."""
     if importlib.util.find_spec("click") is None:
-        sys.stderr.write('scaleout-mp needs the extra "cli": pip install "scaleout-mp[cli]"\n')
+        extra = _EXTRAS.get(next((argument for argument in sys.argv[1:] if not argument.startswith("-")), ""), "cli")
+        sys.stderr.write(f'scaleout-mp needs the extra "{extra}": pip install "scaleout-mp[{extra}]"\n')
         return EXIT_USAGE
     if "--debug" not in sys.argv:
         # gRPC writes to stderr by itself what our errors say better. It reads this once, when it is imported.

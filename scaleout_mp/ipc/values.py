@@ -12,13 +12,13 @@ import os
 from typing import Any, Final, Literal, Self
 
 import msgpack
-import numpy as np
 
 from scaleout_mp.errors import ModelFormatError, ProtocolViolation, ValueNotSendable
 from scaleout_mp.ipc import segments
 from scaleout_mp.ipc.channel import close_all
 from scaleout_mp.model import ScaleoutModel
 from scaleout_mp.model.memfd import MemoryFile, SealedMemory, verify_sealed
+from scaleout_mp.model.numpy_used import is_array, is_scalar, np
 
 _TUPLE: Final = 1
 _ARRAY: Final = 2
@@ -67,15 +67,15 @@ class _Encoder:
         return packed
 
     def _special(self, value: Any) -> Any:
-        if self._exact and type(value) not in (tuple, np.ndarray):
+        if self._exact and type(value) is not tuple and not (is_array(value) and type(value) is np.ndarray):
             raise ValueNotSendable(f"a {type(value).__name__} does not pass as it is")
         if isinstance(value, ScaleoutModel):
             return msgpack.ExtType(_MODEL, self.pack(self._model_index(value)))
         if isinstance(value, tuple):
             return msgpack.ExtType(_TUPLE, self.pack(list(value)))
-        if isinstance(value, np.generic):
+        if is_scalar(value):
             return value.item()
-        if isinstance(value, np.ndarray):
+        if is_array(value):
             return msgpack.ExtType(_ARRAY, self._array(value))
         plain = next((kind for kind in _PLAIN_TYPES if isinstance(value, kind)), None)
         if plain is not None:

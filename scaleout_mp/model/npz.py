@@ -12,22 +12,20 @@ import re
 import struct
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, cast
-
-import numpy as np
-from numpy.lib import format as npy_format
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 from scaleout_mp.errors import ModelFormatError
 from scaleout_mp.model import zip_reader
 from scaleout_mp.model.deflate import sample_of
 from scaleout_mp.model.entry_sink import EntrySink
+from scaleout_mp.model.numpy_used import np, npy_format
 from scaleout_mp.model.zip_reader import ArchiveLimits
 from scaleout_mp.model.zip_writer import ALIGNMENT, ScanSink, Sink, ZipWriter
 
 if TYPE_CHECKING:
     from scaleout_mp.model.memfd import Bytes
 
-Array = np.ndarray[Any, np.dtype[Any]]
+Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 #: For weights that do not come in a container with limits of its own.
 NPZ_LIMITS: Final = ArchiveLimits(max_entries=1 << 17)

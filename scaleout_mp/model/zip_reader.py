@@ -13,10 +13,9 @@ import struct
 import zlib
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
 from scaleout_mp.errors import ModelFormatError
 from scaleout_mp.model.checksums import crc32
+from scaleout_mp.model.numpy_used import np
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -123,6 +123,8 @@ class ServicePlan(ClientOptions):
         return ExecutorCore(
             limits=self.limits,
             start_method=self.start_method,
+            # What tasks need is loaded with their callbacks: many clients wait for long, some of them on small devices.
+            preload=(),
             sandbox=self.sandbox,
             state_bytes=self.state_bytes,
             memory_budget=self.memory_budget,

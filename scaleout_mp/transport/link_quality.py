@@ -10,12 +10,11 @@ from __future__ import annotations
 import collections
 import enum
 import logging
-import statistics
 import time
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +37,12 @@ class LinkState(enum.StrEnum):
     DEGRADED = "degraded"
 
 
+def _median(values: Iterable[float]) -> float:
+    # Not of `statistics`: that loads a megabyte of decimals and fractions.
+    ordered = sorted(values)
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+
+
 class LinkQuality:
     """Judges one link. Fed on one loop; read from any thread."""
 
@@ -57,12 +62,12 @@ class LinkQuality:
     @property
     def round_trip(self) -> float | None:
         """Median of the last round trips in seconds; None before there was one."""
-        return statistics.median(self._round_trips) if self._round_trips else None
+        return _median(self._round_trips) if self._round_trips else None
 
     def measured(self, seconds: float) -> None:
         """Note how long a call took that costs the server next to nothing."""
         self._round_trips.append(seconds)
-        median = statistics.median(self._round_trips)
+        median = _median(self._round_trips)
         if median > SLOW:
             self._bad, self._good = self._bad + 1, 0
         elif median < QUICK:

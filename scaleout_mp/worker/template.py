@@ -173,6 +173,8 @@ class Template:
             pools.name_threads(1)
             try:
                 with self._shared_memory.keeping():
+                    # Tasks get their models as its arrays; one that had to import it first would start late.
+                    importlib.import_module("numpy")
                     self._loaded[key] = pickle.loads(pickled)
             except BaseException as error:  # noqa: BLE001 - user code runs while its module is imported
                 failure = self._loaded[key] = _NotLoaded.by(error)

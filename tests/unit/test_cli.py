@@ -143,10 +143,15 @@ def test_bugs_are_not_hidden(failing):
         run(["fail"])
 
 
-def test_without_click_the_extra_is_named(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [([], "cli"), (["--debug", "demo"], "demo"), (["localnet"], "cli,localnet"), (["top"], "cli")],
+)
+def test_without_click_the_extra_is_named(arguments, extra, monkeypatch, capsys):
     without(monkeypatch, "click")
+    monkeypatch.setattr(sys, "argv", ["scaleout-mp", *arguments])
     assert entry.main() == 2
-    assert capsys.readouterr().err == 'scaleout-mp needs the extra "cli": pip install "scaleout-mp[cli]"\n'
+    assert capsys.readouterr().err == f'scaleout-mp needs the extra "{extra}": pip install "scaleout-mp[{extra}]"\n'
 
 
 @pytest.mark.parametrize(("command", "module"), [("demo", "sklearn"), ("localnet", "aiohttp")])

@@ -312,6 +312,16 @@ def test_callbacks_that_are_methods_of_a_subclass_find_their_attributes(runtime)
     assert train.__self__.name == "n"
 
 
+def test_stopping_is_the_runtimes_to_do(runtime):
+    client = EdgeClient(runtime=runtime)
+    with pytest.raises(NotConnectedError, match="cannot be stopped"):
+        client.stop()
+    stops = []
+    runtime.stop = lambda: stops.append(1)
+    client.stop()
+    assert stops == [1]
+
+
 def test_importing_the_client_loads_nothing_of_the_network():
     heavy = ("grpc", "requests", "psutil", "google.protobuf", "cryptography")
     code = (

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from scaleout_mp.model.helpers.base import Source, Target, write_bytes
 from scaleout_mp.model.helpers.binary import flat_vector
 from scaleout_mp.model.helpers.numeric import ListArithmetic
+from scaleout_mp.model.numpy_used import np
 
 if TYPE_CHECKING:
     from scaleout_mp.model.npz import Array

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from scaleout_mp.errors import ModelFormatError
 from scaleout_mp.model.helpers.base import Source, Target, read_bytes, write_bytes
 from scaleout_mp.model.helpers.numeric import ListArithmetic
+from scaleout_mp.model.numpy_used import np
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,11 +6,10 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from scaleout_mp.model.entry_sink import EntrySink
 from scaleout_mp.model.helpers.base import DescriptorSink, FileSink, Source, Target, read_bytes
 from scaleout_mp.model.npz import NPZ_LIMITS, Array, read_arrays, write_arrays
+from scaleout_mp.model.numpy_used import np
 from scaleout_mp.model.streams import ViewStream
 
 if TYPE_CHECKING:
