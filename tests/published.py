@@ -21,18 +21,16 @@ NEEDS_PUBLISHED = [
     ),
 ]
 
+NEEDS_PUBLISHED_1_1 = [
+    pytest.mark.compat,
+    pytest.mark.skipif(
+        not PYTHON_1_1.exists(),
+        reason="no environment with scaleout 1.1.0: `make test` makes it, on Python 3.12",
+    ),
+]
+
 #: Parameters for tests that run against each release.
 RELEASES = [
     pytest.param(PYTHON, id="1.0.7", marks=NEEDS_PUBLISHED),
-    pytest.param(
-        PYTHON_1_1,
-        id="1.1.0",
-        marks=[
-            pytest.mark.compat,
-            pytest.mark.skipif(
-                not PYTHON_1_1.exists(),
-                reason="no environment with scaleout 1.1.0: `make test` makes it, on Python 3.12",
-            ),
-        ],
-    ),
+    pytest.param(PYTHON_1_1, id="1.1.0", marks=NEEDS_PUBLISHED_1_1),
 ]

@@ -4,6 +4,7 @@ Arguments: API URL, client name, number of examples, token (may be empty).
 """
 
 import sys
+import time
 
 import numpy as np
 from scaleout import EdgeClient
@@ -41,7 +42,20 @@ def infer(model, parameters):
     return {"answer": answer}
 
 
+def echo(parameters):
+    client.log_telemetry(telemetry={"said": float(parameters["number"])})
+    return parameters
+
+
+def wait(parameters):
+    while True:
+        client.check_task_abort()
+        time.sleep(0.01)
+
+
 client = EdgeClient(train, validate)
+client.set_custom_callback("echo", echo)
+client.set_custom_callback("wait", wait)
 client.set_stage_model_callback(stage)
 client.set_inference_callback(infer)
 # Called again while the network starts up, as the published command line does.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from published import NEEDS_PUBLISHED, PYTHON
+from published import NEEDS_PUBLISHED, NEEDS_PUBLISHED_1_1, PYTHON, PYTHON_1_1
 
 from scaleout_mp.localnet import LocalNetworkThread, RunStatus, SessionPlan
 from scaleout_mp.localnet.events import (
@@ -22,6 +22,7 @@ from scaleout_mp.localnet.events import (
     ModelDownloaded,
     PollReceived,
     TaskReported,
+    TelemetryReceived,
     UpdateReceived,
     ValidationReceived,
     VersionChecked,
@@ -94,6 +95,17 @@ class OurClient(PublishedClient):
         return [sys.executable, str(script)]
 
 
+class PublishedClient11(PublishedClient):
+    """The same script, as it is, with release 1.1.0."""
+
+    def program(self):
+        return [str(PYTHON_1_1), str(Path(__file__).with_name("published_client.py"))]
+
+
+KINDS = [PublishedClient, pytest.param(PublishedClient11, marks=NEEDS_PUBLISHED_1_1), OurClient]
+VERSIONS = {"1.0.7", "1.1.0"}
+
+
 @pytest.fixture
 def seed():
     arrays = [np.zeros(3, np.float32), np.zeros((2, 2), np.float32)]
@@ -101,11 +113,17 @@ def seed():
         yield model
 
 
-@pytest.mark.parametrize("second", [PublishedClient, OurClient])
-@pytest.mark.parametrize("token", ["", TOKEN], ids=["open", "token"])
+@pytest.mark.parametrize(
+    ("second", "token"),
+    [
+        pytest.param(PublishedClient, "", id="two of 1.0.7"),
+        pytest.param(PublishedClient11, TOKEN, id="1.0.7 and 1.1.0", marks=NEEDS_PUBLISHED_1_1),
+        pytest.param(OurClient, TOKEN, id="1.0.7 and ours"),
+    ],
+)
 def test_published_clients_train_in_a_session(tmp_path, seed, token, second):
     folder = tmp_path / "net"
-    with LocalNetworkThread(folder, token=token or None, accepted_versions={"1.0.7"}) as net:
+    with LocalNetworkThread(folder, token=token or None, accepted_versions=VERSIONS) as net:
         a = PublishedClient(net, tmp_path, "a", examples=10, token=token)
         b = second(net, tmp_path, "b", examples=30, token=token)
         with a, b:
@@ -165,10 +183,10 @@ def test_a_published_client_with_a_wrong_token_is_turned_away(tmp_path):
         assert "invalid or expired" in client.output()
 
 
-@pytest.mark.parametrize("kind", [PublishedClient, OurClient])
+@pytest.mark.parametrize("kind", KINDS)
 def test_published_clients_stage_a_model_and_are_asked(tmp_path, kind):
     with (
-        LocalNetworkThread(tmp_path / "net", accepted_versions={"1.0.7"}) as net,
+        LocalNetworkThread(tmp_path / "net", accepted_versions=VERSIONS) as net,
         ScaleoutModel.from_training_model([np.full(3, 4, np.float32)]) as model,
     ):
         model_id = net.add_model(model)
@@ -185,8 +203,28 @@ def test_published_clients_stage_a_model_and_are_asked(tmp_path, kind):
             assert client.stop() == 0
         assert (staged.status, asked.status) == ("COMPLETED", "COMPLETED")
         # The published client drops what the callback returns.
-        assert asked.response == ({} if kind is PublishedClient else {"answer": 12.0})
+        assert asked.response == ({"answer": 12.0} if kind is OurClient else {})
         # Where release 1.0.7 has it, and where 1.1 and we have it.
         folder = ".model_cache" if kind is PublishedClient else ".scaleout/model_cache"
         assert (tmp_path / "a" / folder / f"{model_id}.scm").exists()
         assert len(net.events.of(ModelDownloaded)) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_published_clients_run_custom_tasks_until_they_are_aborted(tmp_path, kind):
+    with (
+        LocalNetworkThread(tmp_path / "net", accepted_versions=VERSIONS) as net,
+        kind(net, tmp_path, "a", examples=1) as client,
+    ):
+        net.wait_for_clients(1, timeout=40)
+        echoed = net.issue(client.client_id, "Custom_echo", data={"parameters": {"number": 7}}).done(20)
+        assert (echoed.status, echoed.response) == ("COMPLETED", {"number": 7})
+        net.wait_for(
+            lambda event: isinstance(event, TelemetryReceived) and event.telemetry.get("said") == 7.0, timeout=10
+        )
+        waiting = net.issue(client.client_id, "Custom_wait", data={"parameters": {}})
+        net.wait_for(lambda event: isinstance(event, TaskReported) and event.status == "RUNNING", timeout=20)
+        waiting.abort()
+        # The published clients take whatever a custom callback raises for its success.
+        assert waiting.done(20).status == ("INTERRUPTED" if kind is OurClient else "COMPLETED")
+        assert client.stop() == 0
