@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import handover, inference, kills, models, records, tasks
+from benchmarks import handover, inference, kills, models, records, tasks, transfer
 from benchmarks.harness import show
 
 
@@ -18,6 +18,7 @@ def main() -> int:
         *inference.inference(),
         *records.records(),
         *models.models(),
+        *transfer.transfer(),
     ]
     show(rows)
     return 0 if all(row.holds for row in rows) else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,7 +28,10 @@ logger = logging.getLogger(__name__)
 
 #: Tries before bytes that arrive broken, or an upload that the server refuses, count as a failure.
 TRIES: Final = 3
+#: Bytes of a message.
 CHUNK: Final = 1 << 20
+#: Bytes that the allocator is to keep for messages, instead of giving them back to the kernel after each.
+_KEPT: Final = 8 << 20
 #: Bytes that are hashed and written in one go, off the loop.
 _BATCH: Final = 4 << 20
 #: Seconds without a byte after which a download is started anew.
@@ -111,6 +115,7 @@ class ModelTransfer:
                 await shared.close()
 
     async def _download(self, model_id: str) -> ScaleoutModel:
+        _keep_pages()
         with self._followed("downloaded", model_id) as progress:
             model = await self._download_whole(model_id, progress)
         if self._check is not None:
@@ -183,6 +188,7 @@ class ModelTransfer:
         if model_id is None:
             raise ModelTransferError("a model without an id cannot be uploaded")
         checksum = await asyncio.to_thread(lambda: model.checksum)
+        _keep_pages()
         with self._followed("uploaded", model_id, model.size) as progress:
             await self._upload(model, model_id, checksum, progress)
 
@@ -220,6 +226,18 @@ class ModelTransfer:
         answer: pb.ModelResponse = await self._calls.authorized(methods.UPLOAD, attempt)
         self._calls.link.succeeded()
         return answer
+
+
+@functools.cache
+def _keep_pages() -> None:
+    """Have glibc serve messages from pages that it has, for the rest of this process's life.
+
+    It takes a block above a threshold from the kernel each time, and gives it back: clearing its pages costs several
+    times what sending them does. The threshold grows to the size of the largest such block that was freed, and how much
+    may lie idle to twice that: mallopt(3), M_MMAP_THRESHOLD.
+    """
+    block = bytes(_KEPT)
+    del block
 
 
 async def _receive(stream: Any, writer: MemoryWriter, progress: Progress) -> None:
