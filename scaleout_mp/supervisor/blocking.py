@@ -21,20 +21,25 @@ def _loop_runs_here() -> bool:
     return True
 
 
-def run_blocking(make: Callable[[], Coroutine[Any, Any, T]], *, on_interrupt: Callable[[], None] | None = None) -> T:
+def run_blocking(
+    make: Callable[[], Coroutine[Any, Any, T]],
+    *,
+    on_interrupt: Callable[[], None] | None = None,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> T:
     """Run a coroutine to its end on a loop of its own and return its result.
 
     In this thread, or, when a loop runs in it, in another one; there Ctrl-C calls `on_interrupt` instead of
-    raising.
+    raising. `loop_factory` makes the loop, whose clock is that of all that waits; None: asyncio's own.
     """
     if not _loop_runs_here():
-        with asyncio.Runner() as runner:
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
             return runner.run(make())
     result: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def work() -> None:
         try:
-            with asyncio.Runner() as runner:
+            with asyncio.Runner(loop_factory=loop_factory) as runner:
                 result.set_result(runner.run(make()))
         except BaseException as error:  # noqa: BLE001 - it is raised in the thread that waits
             result.set_exception(error)

@@ -164,6 +164,8 @@ class GrpcEdgeClientRuntime(InferenceRuntime, RecordRuntime):
         self._running = False
         self._stop_asked = False
         self._at_work: tuple[asyncio.AbstractEventLoop, ClientService] | None = None
+        #: Makes the loop of `run`, and with it the clock by which everything waits; None: asyncio's own.
+        self._loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
         self._early: list[tuple[MessageKind, Message]] = []
         self._own_early: list[OwnTaskOrder] = []
         super().__init__()
@@ -318,7 +320,11 @@ class GrpcEdgeClientRuntime(InferenceRuntime, RecordRuntime):
             self._inference.close()
             network = self._api_url or f"{options.host}:{options.port}"
             with opened_state(client.client_id, network.rstrip("/"), root=self._state_dir) as state:
-                restarts = run_blocking(lambda: self._main(plan, client, state), on_interrupt=self._interrupt)
+                restarts = run_blocking(
+                    lambda: self._main(plan, client, state),
+                    on_interrupt=self._interrupt,
+                    loop_factory=self._loop_factory,
+                )
         except (ConfigError, CallbackNotSendable, AuthenticationError, StateError) as error:
             # The user's mistake, told in its last line: our own frames below this one would only bury it.
             raise error.with_traceback(None) from None

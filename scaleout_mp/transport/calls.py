@@ -96,7 +96,7 @@ class CombinerCalls:
         rand: Callable[[], float] = random.random,
     ) -> None:
         self.backoff = backoff or Backoff(first=0.5)
-        self.link = link or LinkWatch()
+        self.link = link or LinkWatch(asyncio.get_running_loop().time)
         self.sleep = sleep
         self.credentials = credentials
         self._channel = channel

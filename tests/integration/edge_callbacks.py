@@ -24,6 +24,17 @@ class Worker:
     def __init__(self, client):
         self.client = client
 
+    def train_until(self, model, settings):
+        """Log a step every five milliseconds until a file is there; tell how long the slowest call took, in seconds."""
+        slowest, step = 0.0, 0
+        while not os.path.exists(settings["until"]):
+            begun = time.perf_counter()
+            self.client.log_metric({"loss": 1 / (step + 1)}, step=step)
+            slowest = max(slowest, time.perf_counter() - begun)
+            step += 1
+            time.sleep(0.005)
+        return result(model, steps=step, slowest_log=slowest)
+
     def train(self, model, settings):
         for step in range(settings.get("epochs", 2)):
             self.client.log_metric({"loss": np.float32(1 / (step + 1))})
