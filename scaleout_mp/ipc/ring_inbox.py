@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Final
 
 from scaleout_mp.errors import ProtocolViolation
@@ -35,7 +36,7 @@ class RingInbox:
         self._ring: RingReader | None = None
         self._decoder = FrameDecoder()
         self._look: asyncio.Handle | None = None
-        #: Until when the task is promised a look.
+        #: Until when the task is promised a look, by the clock that it has as well; the loop's may be another.
         self._until = 0.0
         self._pause = _OFTEN
 
@@ -66,7 +67,7 @@ class RingInbox:
             return
         self._ring.heard_bell()
         # A second look: the first may come before the other processor's last store.
-        self._until = max(self._until, self._loop.time() + _MARGIN)
+        self._until = max(self._until, time.monotonic() + _MARGIN)
         if self._look is not None:
             self._look.cancel()
         self._look = self._loop.call_soon(self._on_look)
@@ -77,7 +78,7 @@ class RingInbox:
         if ring is None:
             return
         # Before the look: what is written after a moment that was promised has to ring.
-        now = self._loop.time()
+        now = time.monotonic()
         if ring.filled:
             self._pause = _OFTEN
             self._until = now + _ATTENTIVE
@@ -91,7 +92,7 @@ class RingInbox:
         if ring.filled:
             self._look = self._loop.call_soon(self._on_look)
         elif now < self._until + _MARGIN:
-            self._look = self._loop.call_at(now + self._pause, self._on_look)
+            self._look = self._loop.call_later(self._pause, self._on_look)
 
     def read(self, most: int = _AT_ONCE) -> list[Frame]:
         """Return the records that have come, those in the first `most` bytes. Raises ProtocolViolation."""
