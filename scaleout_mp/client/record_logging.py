@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from scaleout_mp.client.inference_context import InferenceContext, task_inference_context
 from scaleout_mp.client.logging_context import LoggingContext, task_logging_context
-from scaleout_mp.client.published import stopped
+from scaleout_mp.client.published import stopped, telemetry_values
 from scaleout_mp.client.values import attribute_values, inference_payload, metric_values
 from scaleout_mp.errors import NotConnectedError, StoppedException
 from scaleout_mp.ipc.messages import plain_numbers
@@ -106,11 +106,14 @@ class RecordLogging:
             self.check_task_abort()
         return taken
 
-    def log_attributes(self, attributes: Mapping[str, Any], check_task_abort: bool = True) -> bool:
+    def log_attributes(
+        self, attributes: Mapping[str, Any], check_task_abort: bool = True, *, priority: str | None = None
+    ) -> bool:
         """Log attributes of this client, as strings; return whether they were taken.
 
-        Raises ValueError that names the key of what is too long, or on too many.
+        Priorities are the client's to choose. Raises ValueError that names the key of what is too long, or on too many.
         """
+        del priority
         values = attribute_values(attributes)
         task = current_task()
         if task is not None:
@@ -122,12 +125,30 @@ class RecordLogging:
             self.check_task_abort()
         return taken
 
-    def log_telemetry(self, telemetry: Mapping[str, Any], check_task_abort: bool = True) -> bool:
+    def log_telemetry(
+        self,
+        telemetry: Mapping[str, Any] | str | None = None,
+        payload: Mapping[str, Any] | bool | None = None,
+        check_task_abort: bool = True,
+        *,
+        key: str | None = None,
+        priority: str | None = None,
+    ) -> bool:
         """Log measurements of this machine; return whether they were taken.
 
+        `telemetry` is a dict of numbers; or, as in `scaleout` 1.1, a key, with a dict of numbers as its `payload`:
+        "value" in it goes under the key, any other name under "key.name". Priorities are the client's to choose.
         Raises TypeError that names the key of a value that is not a number.
         """
-        values = metric_values(telemetry, what="telemetry value")
+        del priority
+        numbers = None if isinstance(payload, bool) else payload
+        if isinstance(payload, bool):
+            # The place that it had in release 1.0.
+            check_task_abort = payload
+        if isinstance(telemetry, str):
+            telemetry, key = None, telemetry
+        given: Any = telemetry if key is None else telemetry_values(key, numbers, telemetry)
+        values = metric_values(given, what="telemetry value")
         task = current_task()
         if task is not None:
             task.log_telemetry(values)

@@ -195,6 +195,30 @@ def test_what_is_not_one_number_names_its_key(client, runtime, value):
     assert at.step == 4
 
 
+def test_telemetry_is_taken_in_the_form_of_either_release(client, runtime):
+    checks = []
+    client.check_task_abort = lambda: checks.append(1)
+    client.log_telemetry({"heat": 1}, False)
+    client.log_telemetry({"heat": 1}, check_task_abort=False)
+    client.log_telemetry("loss", {"value": 0.5, "step": 12}, False)
+    assert not checks
+    client.log_telemetry(key="loss", payload={"value": np.float32(0.5)}, priority="alert")
+    client.log_attributes({"site": "lund"}, priority="alert")
+    assert len(checks) == 2
+    assert runtime.sent == [
+        {"heat": 1.0},
+        {"heat": 1.0},
+        {"loss": 0.5, "loss.step": 12.0},
+        {"loss": 0.5},
+        {"site": "lund"},
+    ]
+    for wrong in (None, [("heat", 1)]):
+        with pytest.raises(TypeError, match="must be a dict of numbers"):
+            client.log_telemetry(wrong)
+    with pytest.raises(TypeError, match=r"'loss\.name'"):
+        client.log_telemetry("loss", {"name": "x"})
+
+
 def test_a_step_must_be_a_step(client):
     with pytest.raises(TypeError, match="whole number"):
         client.log_metric({"a": 1}, step=1.5, context=context())
