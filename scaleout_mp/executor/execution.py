@@ -353,7 +353,7 @@ class Execution:
         if not child.started.done():
             self._launcher.abandon(self.task_id)
         if self._evidence.stop is not None and self._evidence.stop.reason in _STUCK:
-            await self._take_stacks()
+            await self._take_stacks(forcibly=grace == 0)
         await ladder.climb(
             tag=self._tag,
             grace=grace,
@@ -376,10 +376,18 @@ class Execution:
         """Return what is done once the task needs no further stopping."""
         return child.exited
 
-    async def _take_stacks(self) -> None:
-        """Note where the task is, once: later it is on its way out, or gone."""
-        if self._evidence.stacks is None and self._tree is not None and self._lines is not None:
-            self._evidence.stacks = await self._lines.take_stacks(self._tree.pid, self._tag)
+    async def _take_stacks(self, *, forcibly: bool = True) -> None:
+        """Note where the task is, once: later it is on its way out, or gone.
+
+        `forcibly`: if it does not answer otherwise, in a way that may crash it; only once it is to be killed anyway.
+        """
+        seen, watched, lines = self._evidence, self._tree, self._lines
+        if seen.stacks is not None or watched is None or lines is None:
+            return
+        seen.stacks = await lines.take_stacks(watched.pid, self._tag, gently=True)
+        if seen.stacks is None and forcibly:
+            seen.stacks_forced = True
+            seen.stacks = await lines.take_stacks(watched.pid, self._tag, gently=False)
 
     def _on_stage(self, stage: StopStage) -> None:
         self._evidence.stopped_by = stage

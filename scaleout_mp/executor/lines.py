@@ -12,7 +12,7 @@ from scaleout_mp.executor.output import OutputTail
 from scaleout_mp.ipc.channel import channel_pair, close_all
 from scaleout_mp.ipc.loop_channel import SupervisorChannel
 from scaleout_mp.sandbox import tree
-from scaleout_mp.sandbox.process import STACK_SIGNAL
+from scaleout_mp.sandbox.process import GENTLE_STACK_SIGNAL, STACK_SIGNAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,12 +85,21 @@ class TaskLines:
         """Turn away from a task that is over; what is printed until the next one is nobody's."""
         self.channel.serve(on_frame, on_closed)
 
-    async def take_stacks(self, pid: int, tag: int) -> str | None:
+    async def take_stacks(self, pid: int, tag: int, *, gently: bool) -> str | None:
         """Return the Python stacks of all threads of a process at this moment; None when it does not answer.
 
-        The task could write anything there: the text is for people to read, nothing else.
+        `gently`: only if the process gets to it between two instructions of Python. Else it is interrupted wherever it
+        is, which can crash it, rarely: its frames may be changing. The task could write anything there: the text is
+        for people to read, nothing else.
         """
-        if not tree.signal_process(pid, tag, STACK_SIGNAL):
+        number = GENTLE_STACK_SIGNAL if gently else STACK_SIGNAL
+        if not tree.catches(pid, number):
+            # It would die of it.
+            return None
+        # Of an earlier call; the offset is one for both ends.
+        os.pwrite(self._stacks, bytes(_STACKS_SIZE), 0)
+        os.lseek(self._stacks, 0, os.SEEK_SET)
+        if not tree.signal_process(pid, tag, number):
             return None
         # A memfd has no event to wait for.
         deadline = asyncio.get_running_loop().time() + _STACKS_WAIT

@@ -59,6 +59,8 @@ class Evidence:
     #: What the launcher said when it could not start the process, or lost it.
     launcher_problem: str | None = None
     stacks: str | None = None
+    #: They were taken in a way that can crash a process.
+    stacks_forced: bool = False
     stdout_tail: str = ""
     stderr_tail: str = ""
     #: Bytes of output that were not kept.
@@ -187,6 +189,8 @@ def _how_it_went(seen: Evidence) -> str:
         return "it ended by itself"
     if seen.exited is None:
         return "it was never started" if seen.start_method is None else "its launcher was lost"
+    if seen.stacks_forced and seen.exited.code == -signal.SIGSEGV:
+        return "it died while its stacks were taken, before SIGTERM"
     if seen.stopped_by is StopStage.SIGKILL:
         return "killed with SIGKILL"
     if seen.stopped_by is StopStage.SIGTERM:

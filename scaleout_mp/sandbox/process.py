@@ -14,7 +14,8 @@ import signal
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+    from types import FrameType
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_GET_DUMPABLE: Final = 3
@@ -25,6 +26,8 @@ _PR_SET_NO_NEW_PRIVS: Final = 38
 #: On this signal a task writes the Python stacks of all its threads to `STACK_DESCRIPTOR`. A real-time signal that no
 #: library is known to use; SIGUSR1 and SIGUSR2 belong to the user.
 STACK_SIGNAL: Final = 50
+#: The same, between two of its instructions: safe at any moment, and not answered while it is busy in C.
+GENTLE_STACK_SIGNAL: Final = 51
 STACK_DESCRIPTOR: Final = 4
 
 _prctl_call: Final = ctypes.CDLL(None, use_errno=True).prctl
@@ -170,6 +173,11 @@ def changed_signals() -> list[int]:
         for number in signal.valid_signals() - _IGNORED_BY_PYTHON
         if signal.getsignal(number) not in {signal.SIG_DFL, None}
     ]
+
+
+def call_on_signal(number: int, handler: Callable[[int, FrameType | None], object]) -> None:
+    """Have a signal handled between two instructions of Python; it interrupts system calls, as waits for a lock."""
+    _signal.signal(number, handler)
 
 
 def reset_signals(changed: Iterable[int]) -> None:

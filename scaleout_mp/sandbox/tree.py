@@ -97,6 +97,21 @@ def _is_zombie(pid: int) -> bool:
     return _state(pid) in b"ZX"
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal; another program than ours in it, after an exec, has none."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            caught = next(line for line in file if line.startswith(b"SigCgt:"))
+    except (OSError, StopIteration):
+        return False
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, by a signal or a debugger, and will do nothing until it is continued."""
+    return _state(pid) in b"Tt"
+
+
 def stop_tagged(pids: Iterable[int], tag: int) -> list[int]:
     """Have those of the processes that wear the tag stop; return those that were not stopped before."""
     return [pid for pid in pids if _state(pid) not in b"TtZX" and signal_process(pid, tag, signal.SIGSTOP)]

@@ -28,6 +28,7 @@ from scaleout_mp.worker.state import KeptState
 if TYPE_CHECKING:
     import io
     from collections.abc import Callable
+    from types import FrameType
 
     from scaleout_mp.sandbox.confinement import Confinement
     from scaleout_mp.worker.script import Script
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 #: Where the channel lies in a task's process; 0, 1 and 2 are the standard streams.
 CHANNEL_DESCRIPTOR: Final = 3
+
+#: Frames of a thread that are written, as faulthandler does.
+_DEEPEST: Final = 100
 
 #: Above the places of a task's descriptors.
 _HIGH: Final = 64
@@ -123,6 +127,7 @@ def _first_frame(channel: ChildChannel) -> Frame:
 
 def prepare_interpreter(streams: tuple[io.TextIOWrapper[Any], io.TextIOWrapper[Any]]) -> None:
     """Make the interpreter a task's own, once in the process's life."""
+    process.call_on_signal(process.GENTLE_STACK_SIGNAL, _write_stacks)
     faulthandler.register(process.STACK_SIGNAL, file=process.STACK_DESCRIPTOR)
     # Line by line, so that the last words before a SIGKILL are out. The old ones may think that they write to a file.
     sys.stdout, sys.stderr = streams
@@ -131,6 +136,24 @@ def prepare_interpreter(streams: tuple[io.TextIOWrapper[Any], io.TextIOWrapper[A
     if numpy_random is not None:
         # Python's own generator is seeded anew by fork; numpy's global one would repeat in every task.
         numpy_random.seed()
+
+
+def _write_stacks(_number: int, frame: FrameType | None) -> None:
+    """Write the Python stacks of all threads, this one's first, from where the signal found it."""
+    own = threading.get_ident()
+    with contextlib.suppress(OSError), open(os.dup(process.STACK_DESCRIPTOR), "w", encoding="utf-8") as file:
+        file.seek(0)
+        for ident, top in {own: frame, **sys._current_frames()}.items():  # noqa: SLF001 - documented, if "internal"
+            kind = "Current thread" if ident == own else "Thread"
+            file.write(f"{kind} 0x{ident:016x} (most recent call first):\n")
+            place = frame if ident == own else top
+            for _ in range(_DEEPEST):
+                if place is None:
+                    break
+                code = place.f_code
+                file.write(f'  File "{code.co_filename}", line {place.f_lineno} in {code.co_name}\n')
+                place = place.f_back
+            file.write("\n")
 
 
 def line_streams() -> tuple[io.TextIOWrapper[Any], io.TextIOWrapper[Any]]:

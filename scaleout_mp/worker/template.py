@@ -285,6 +285,11 @@ class Template:
         spare, self._spare = self._spare, None
         if spare is None:
             return None
+        if tree.is_stopped(spare.pid):
+            # Its task would never begin. A child keeps its pid until it is reaped here.
+            os.kill(spare.pid, signal.SIGKILL)
+            spare.orders.close()
+            return None
         try:
             spare.orders.send(
                 frames.encode(frame.kind, *frame.fields, descriptors=len(frame.descriptors)), frame.descriptors
