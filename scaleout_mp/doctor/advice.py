@@ -33,8 +33,7 @@ _GROUPS: Final = Advice(
     how=(
         "In the systemd unit of the client:",
         "    [Service]",
-        "    Delegate=memory pids",
-        "    DelegateSubgroup=client",
+        "    Delegate=yes",
         "Without a unit: systemd-run --user --scope -p Delegate=yes ...",
         "In docker: --cgroupns=private and a writable /sys/fs/cgroup.",
     ),

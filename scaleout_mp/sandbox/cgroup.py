@@ -15,6 +15,8 @@ import secrets
 import time
 from typing import Final, Protocol, Self
 
+from scaleout_mp.sandbox import delegation
+
 logger = logging.getLogger(__name__)
 
 _PREFIX: Final = "scaleout-mp"
@@ -191,11 +193,10 @@ class MemoryGroups:
 
     @classmethod
     def _find_v2(cls) -> Self:
-        own = _own_folder("")
+        own = delegation.delegated(_own_folder(""))
         if "memory" not in _read(f"{own}/cgroup.controllers").split():
             raise OSError(errno.ENOSYS, f"{own} has no memory controller")
-        if "memory" not in _read(f"{own}/cgroup.subtree_control").split():
-            raise OSError(errno.EPERM, f"{own} does not pass the memory controller on to groups below it")
+        delegation.pass_on(own, "memory")
         return cls._make_base(own, 2)
 
     @classmethod
