@@ -105,7 +105,7 @@ def test_scikit_learn_as_a_package_and_as_a_script(tmp_path):
         ):
             assert accuracy(network, 2, seconds=90) > 0.8
             # The object that the package's startup made stayed from task to task.
-            one.wait_for_line("hospital has trained 2 times", seconds=1)
+            one.wait_for_line("hospital has trained 2 times", seconds=10)
             end_all(one, two)
 
 
