@@ -61,6 +61,8 @@ class _Stream:
         self._life: _Life | None = None
         #: Records that were under way when a stream broke: one of them may be why.
         self._suspects: set[str] = set()
+        #: Whether streams of several records get anywhere: a proxy that waits for their end lets nothing through.
+        self._flows = True
 
     async def deliver(self, records: Mapping[str, bytes]) -> None:
         waiting: list[asyncio.Future[None]] = []
@@ -73,8 +75,11 @@ class _Stream:
                     await asyncio.wait(waiting)
         except TimeoutError:
             lost = self._lost(f"no acknowledgement came for {self._ack_timeout:.0f} s")
-            if waiting and self._life is not None:
-                self._life.end(lost)
+            life = self._life
+            if waiting and life is not None:
+                self._flows = self._flows and life.proven
+                self._suspects.update(records)
+                life.end(lost)
             raise lost from None
         for future in waiting:
             future.result()
@@ -86,7 +91,7 @@ class _Stream:
             return
         await self._alone(record_id, packed)
         self._suspects.discard(record_id)
-        if self._life is None or self._life.over:
+        if self._flows and (self._life is None or self._life.over):
             metadata = await self._calls.credentials.metadata()
             self._life = _Life(self._calls.multicallable(self._method)(metadata=metadata), self)
 
@@ -131,6 +136,8 @@ class _Life:
         self._call = call
         self._stream = stream
         self._waiting: dict[str, asyncio.Future[None]] = {}
+        #: Something was acknowledged on it.
+        self.proven = False
         self.over = False
         self._reader = asyncio.create_task(self._read(), name="acknowledgements")
 
@@ -150,6 +157,7 @@ class _Life:
         try:
             while (ack := await self._call.read()) is not END:
                 self._stream.acknowledged()
+                self.proven = True
                 for record_id in ack.record_ids:
                     future = self._waiting.pop(record_id, None)
                     if future is not None and not future.done():

@@ -13,6 +13,7 @@ from edge_running import RunningClient
 from observing import wait_until
 
 from scaleout_mp import InferenceContext
+from scaleout_mp.errors import CallError
 from scaleout_mp.localnet import Fault, LocalNetworkThread
 from scaleout_mp.localnet.events import (
     AttributeReceived,
@@ -161,6 +162,30 @@ def test_a_record_that_is_never_acknowledged_is_given_up_and_the_next_stream_wor
         await streams.deliver(methods.STREAM_TELEMETRY_RECORD, {"t": record})
 
     with_streams(net, act, ack_timeout=1.0)
+
+
+def test_where_streams_get_stuck_each_record_goes_by_itself(net):
+    # The first record proves the call; the stream that follows it is one that somebody on the way holds back.
+    net.faults.add("StreamTelemetryRecord", Fault())
+    net.faults.add("StreamTelemetryRecord", Fault(delay=30))
+
+    async def act(streams):
+        def one(name):
+            record = pb.TelemetryRecord(telemetry_id=name, client_id="c", key="k", payload='{"value": 1}')
+            return streams.deliver(methods.STREAM_TELEMETRY_RECORD, {name: record.SerializeToString()})
+
+        await one("a")
+        with pytest.raises(CallError, match="no acknowledgement came"):
+            await one("b")
+        # Whatever would open a stream again would meet this.
+        net.faults.add("StreamTelemetryRecord", Fault())
+        net.faults.add("StreamTelemetryRecord", Fault())
+        net.faults.add("StreamTelemetryRecord", Fault(delay=30))
+        await one("b")
+        await one("c")
+
+    with_streams(net, act, ack_timeout=1.0)
+    assert [event.record_id for event in net.events.of(TelemetryReceived)] == ["a", "b", "c"]
 
 
 def test_many_at_once_share_a_stream(net):
