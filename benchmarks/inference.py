@@ -42,7 +42,7 @@ def inference(runs: int = 5) -> list[Row]:
         alone(small, [rate for rate, _ in mine], unit="requests/s", at_least=1000),
         alone("one of them", [median for _, median in mine], unit="ms", at_most=1),
         beside("one of them", [median for _, median in mine], [median for _, median in peers], peer=POOL, unit="ms"),
-        compare(into, large, "memcpy into new memory", memcpy, unit="ms", at_most=4),
+        compare(into, large, "memcpy into new memory", memcpy, unit="ms", at_most=1.5),
         beside(into, large, peer_large, peer=POOL, unit="ms"),
     ]
 

@@ -73,6 +73,8 @@ class Execution:
         self._evidence = Evidence(task_id=plan.task_id, name=plan.name, limits=plan.limits)
         self._value: Any = None
         self._result_came = False
+        #: The task says that nothing of it refers to the memory that was lent for its arguments.
+        self._lent_back = False
         #: The result is in and is being checked.
         self._reading: asyncio.Task[Any] | None = None
         self._watches: Watches | None = None
@@ -423,7 +425,8 @@ class Execution:
             raise ProtocolViolation(f"a task sent {frame.kind.name}")
 
     def _take_result(self, frame: Frame) -> None:
-        table = frame.fields[0] if len(frame.fields) == 1 else None
+        table = frame.fields[0] if frame.fields and frame.fields[1:] in ([], [True]) else None
+        self._lent_back = len(frame.fields) > 1
         most = self._plan.max_model_size
         if frame.descriptors:
             # On a thread: checking a large model takes as long as reading it.
@@ -485,6 +488,8 @@ class Execution:
                 extra={"action": "task_ended", "task_id": self.task_id, "reason": report.reason.value},
             )
         if not self._outcome.done():
-            self._outcome.set_result(Outcome(report=report, value=self._value if report.completed else None))
+            self._outcome.set_result(
+                Outcome(report=report, value=self._value if report.completed else None, lent_back=self._lent_back)
+            )
         # Whoever awaits the outcome owns the result now: no cycle may keep its memory until a collection.
         self._value = self._reading = self._lines = self._watches = self._child = self._stopping = None

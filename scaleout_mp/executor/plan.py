@@ -31,6 +31,8 @@ class Outcome:
     report: ExitReport
     #: What the callable returned; None unless the task completed.
     value: Any = None
+    #: Whether memory that was lent for the arguments can be used again.
+    lent_back: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,12 @@ from scaleout_mp.errors import CallbackNotSendable, ValueNotSendable
 from scaleout_mp.ipc import segments, values
 from scaleout_mp.ipc.channel import close_all
 from scaleout_mp.ipc.frames import MAX_DESCRIPTORS
+from scaleout_mp.ipc.lent import LEND_FROM, Borrowed, LentMemory
 from scaleout_mp.model import ScaleoutModel
 
-#: Behind a table that was not pickled.
+#: Behind a table that was not pickled, and of one in memory that is used again.
 _PLAIN: Final = "plain"
+_LENT: Final = "lent"
 #: Buffers below this many bytes are pickled in place.
 _OUT_OF_BAND: Final = 1 << 14
 
@@ -126,6 +128,8 @@ class PackedArguments:
     model_bytes: int
     #: Bytes of the arguments themselves that travel in a memfd.
     memory_bytes: int
+    #: Where they are, when that is to be used again.
+    lent: LentMemory | None = None
 
     def copy(self) -> Self:
         """Return the same again, to be sent a second time. Raises OSError."""
@@ -166,16 +170,26 @@ def pack(args: Sequence[Any], kwargs: Mapping[str, Any]) -> PackedArguments:
     )
 
 
-def pack_plain(args: Sequence[Any]) -> PackedArguments:
+def pack_plain(args: Sequence[Any], *, lend: Callable[[int], LentMemory | None] = lambda _: None) -> PackedArguments:
     """Pack arguments that are numbers, texts, arrays and the like without pickling them; others as `pack` does.
 
-    Several times as quick for what is small. Lists and dicts that are in there twice arrive as two.
-    Raises ValueNotSendable.
+    Several times as quick for what is small. Lists and dicts that are in there twice arrive as two. What is large goes
+    into memory from `lend`, which is then `lent`. Raises ValueNotSendable.
     """
-    encoded = values.encode_exactly(list(args))
-    if encoded is None:
+    parts = values.encode_exactly(list(args))
+    if parts is None:
         return pack(args, {})
-    table, memory = encoded
+    size = sum(len(part) + -len(part) % segments.ALIGNMENT for part in parts)
+    lent = lend(size) if size >= LEND_FROM else None
+    if lent is not None:
+        return PackedArguments(
+            table=[True, lent.fill(parts), _LENT],
+            descriptors=[os.dup(lent.fileno())],
+            model_bytes=0,
+            memory_bytes=lent.size,
+            lent=lent,
+        )
+    table, memory = segments.store(parts)
     descriptors, memory_bytes = [], 0
     if memory is not None:
         descriptors, memory_bytes = [os.dup(memory.fileno())], memory.size
@@ -240,11 +254,26 @@ class _Unpickler(pickle.Unpickler):
         return self._models[index]
 
 
+#: What this process was lent for the task that it runs.
+_borrowed: list[Borrowed] = []
+
+
+def let_go() -> bool:
+    """Return whether the task was lent memory and nothing refers to it any more; in the child, at the task's end."""
+    gone = [borrowed.let_go() for borrowed in _borrowed]
+    _borrowed.clear()
+    return bool(gone) and all(gone)
+
+
 def unpack(table: Any, descriptors: list[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments, in the child. Takes over the descriptors."""
     has_memory, inner, *plain = table
     if plain == [_PLAIN]:
         return tuple(values.decode([has_memory, inner], descriptors, max_model_size=0)), {}
+    if plain == [_LENT]:
+        borrowed = Borrowed(descriptors.pop())
+        _borrowed.append(borrowed)
+        return tuple(values.decode_segments(borrowed.segments(inner))), {}
     memory = descriptors.pop(0) if has_memory else None
     pickled, *buffers = segments.load(inner, memory)
     models = [ScaleoutModel.from_fd(descriptor, verify=False) for descriptor in descriptors]

@@ -41,6 +41,8 @@ class EncodedValue:
     table: list[Any]
     descriptors: list[int]
     _owned: list[SealedMemory]
+    #: Whose descriptors are among them: they must live until these are sent, whoever else lets go of them.
+    _models: list[ScaleoutModel]
 
     def __enter__(self) -> Self:
         return self
@@ -129,11 +131,13 @@ def encode(value: Any) -> EncodedValue:
         descriptors.append(descriptor)
         if copy is not None:
             owned.append(copy)
-    return EncodedValue(table=[memory is not None, table], descriptors=descriptors, _owned=owned)
+    return EncodedValue(
+        table=[memory is not None, table], descriptors=descriptors, _owned=owned, _models=encoder.models
+    )
 
 
-def encode_exactly(value: Any) -> tuple[list[Any], SealedMemory | None] | None:
-    """Encode plain values and numpy arrays, which arrive as what they were; None for all else, models included."""
+def encode_exactly(value: Any) -> list[bytes | memoryview] | None:
+    """Return the segments of plain values and numpy arrays, which arrive as what they were; None for all else."""
     encoder = _Encoder(exact=True)
     try:
         tree = encoder.pack(value)
@@ -141,7 +145,12 @@ def encode_exactly(value: Any) -> tuple[list[Any], SealedMemory | None] | None:
         return None
     if len(tree) > MAX_TREE or len(encoder.arrays) >= segments.MAX_SEGMENTS:
         return None
-    return segments.store([tree, *encoder.arrays])
+    return [tree, *encoder.arrays]
+
+
+def decode_segments(views: list[memoryview]) -> Any:
+    """Return a value without models from its segments. Raises ProtocolViolation."""
+    return _Decoder(views, []).unpack(views[0])
 
 
 def _sealed_descriptor(model: ScaleoutModel) -> tuple[int, SealedMemory | None]:

@@ -14,6 +14,7 @@ from scaleout_mp.client.calls import RequestInfo
 from scaleout_mp.client.inference_calls import INFERENCE
 from scaleout_mp.errors import ConfigError, ModelError
 from scaleout_mp.ipc.arguments import pack_plain
+from scaleout_mp.ipc.lent import Lender
 from scaleout_mp.model import ScaleoutModel
 from scaleout_mp.supervisor.callbacks import CallbackTable
 from scaleout_mp.supervisor.staged_model import inference_arguments
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from scaleout_mp.client import EdgeClient
     from scaleout_mp.executor import Outcome
+    from scaleout_mp.ipc.arguments import PackedArguments
     from scaleout_mp.supervisor.service import ClientService
     from scaleout_mp.supervisor.service_plan import ServicePlan
     from scaleout_mp.task import Record
@@ -53,6 +55,7 @@ class LocalInference:
         self._on_record = on_record
         self._lock = threading.Lock()
         self._host: _Host | None = None
+        self._lender = Lender()
 
     def stage(self, model: ScaleoutModel | str) -> ScaleoutModel:
         """Put a model into the cache and have a process stage it; return it as it lies in the cache.
@@ -70,7 +73,7 @@ class LocalInference:
                 staged.close()
                 raise
 
-        staged, outcome = self._run(stage)
+        staged, outcome = self._wait(*self._placed(stage))
         if outcome is not None and not outcome.report.completed:
             staged.close()
             raise outcome.report.to_error()
@@ -86,14 +89,35 @@ class LocalInference:
         model_id = model if isinstance(model, str) else model.model_id or ""
         request = RequestInfo(type=INFERENCE, correlation_id=task_id, model_id=model_id, round_id="", session_id="")
         # Packed here: a large array must not hold up the loop, and errors belong to the caller.
-        packed = pack_plain(inference_arguments(parameters, request))
-        outcome = self._run(lambda models: models.infer(model, packed, task_id=task_id, on_record=self._on_record))
+        packed = pack_plain(
+            inference_arguments(parameters, request), lend=lambda size: self._lender.lend(model_id, size)
+        )
+        outcome = self._ask(model, model_id, packed, task_id)
         if outcome.report.completed:
             return outcome.value
         raise outcome.report.to_error()
 
-    def _run(self, act: Callable[[StagedModels], Coroutine[Any, Any, T]]) -> T:
-        loop, work = self._placed(act)
+    def _ask(self, model: ScaleoutModel | str, borrower: str, packed: PackedArguments, task_id: str) -> Outcome:
+        lent, back = packed.lent, False
+        try:
+            try:
+                place = self._placed(
+                    lambda models: models.infer(model, packed, task_id=task_id, on_record=self._on_record)
+                )
+            except BaseException:
+                packed.close()
+                raise
+            outcome = self._wait(*place)
+            back = outcome.lent_back
+            return outcome
+        finally:
+            if lent is not None and back:
+                self._lender.take_back(borrower, lent)
+            elif lent is not None:
+                lent.close()
+
+    @staticmethod
+    def _wait(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(work, loop)
         try:
             return future.result()
@@ -126,6 +150,8 @@ class LocalInference:
         """End the processes that hold models outside a client that runs; later calls start anew."""
         with self._lock:
             host, self._host = self._host, None
+            lender, self._lender = self._lender, Lender()
+        lender.close()
         if host is not None:
             host.close()
 

@@ -206,8 +206,11 @@ def run_callable(call: Call, packed: Any, descriptors: list[int]) -> int:
         with values.encode(value) as encoded:
             call.context.keep_state()
             call.context.end()
+            # These may be all that refers to memory which the supervisor would use again.
+            del value, args, kwargs
+            more = [True] if arguments.let_go() else []
             channel.send(
-                frames.encode(Kind.RESULT, encoded.table, descriptors=len(encoded.descriptors)),
+                frames.encode(Kind.RESULT, encoded.table, *more, descriptors=len(encoded.descriptors)),
                 encoded.descriptors,
             )
     except BaseException as error:
@@ -216,6 +219,7 @@ def run_callable(call: Call, packed: Any, descriptors: list[int]) -> int:
         if os.getpid() != own:
             return _exit_code(error)
         failure = failures.encode(error)
+        arguments.let_go()
         call.context.end()
         channel.send(failure)
         return 1

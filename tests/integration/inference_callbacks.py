@@ -9,6 +9,8 @@ import time
 
 import numpy as np
 
+from scaleout_mp import ScaleoutModel
+
 
 class Service:
     """A service that keeps what it loads when a model is staged, as users write it."""
@@ -66,6 +68,24 @@ class Service:
     def kept(self, parameters):
         assert all((array == array[0]).all() for array in self.held)
         return [int(array[0]) for array in self.held]
+
+    def leave_a_reader(self, parameters):
+        """Fork a process that says what it sees in the parameters, once it is asked."""
+        asked, self.ask = os.pipe()
+        self.answer, answers = os.pipe()
+        if os.fork() == 0:
+            os.read(asked, 1)
+            os.write(answers, str(parameters["x"].mean()).encode())
+            os._exit(0)
+
+    def ask_the_reader(self, parameters):
+        os.write(self.ask, b"?")
+        seen = float(os.read(self.answer, 100))
+        os.wait()
+        return seen
+
+    def make_model(self, parameters):
+        return {"model": ScaleoutModel.from_training_model([parameters["x"] + 1]), "x": parameters["x"]}
 
     def describe(self, parameters):
         context = self.client.current_logging_context

@@ -114,6 +114,15 @@ def test_a_request_that_kills_the_process_costs_itself_alone(start, model, tmp_p
     assert len(stagings(tmp_path)) == 2
 
 
+def test_a_model_can_be_the_answer(start, model):
+    client = start()
+    x = np.ones((300_000, 1))
+    answer = client.run_inference(model, {"do": "make_model", "x": x})
+    with answer["model"] as made:
+        np.testing.assert_array_equal(made.get_training_model()[0], x + 1)
+    np.testing.assert_array_equal(answer["x"], x)
+
+
 def test_a_request_that_raises_leaves_the_process_as_it_is(start, model, tmp_path):
     client = start()
     with pytest.raises(TaskFailed, match="no such digit") as failed:
@@ -337,6 +346,27 @@ def test_what_an_earlier_request_kept_is_not_overwritten_by_a_later_one(start, m
     for array in arrays:
         client.run_inference(model, {"do": "keep", "x": array})
     assert client.run_inference(model, {"do": "kept"}) == [0, 1, 2, 3]
+
+
+def test_memory_of_large_parameters_is_used_again_unless_somebody_still_refers_to_it(start, model):
+    client = start()
+
+    def kept():
+        return [memory for memories in client._runtime._inference._lender._kept.values() for memory in memories]
+
+    x = np.ones((100_000, 4))
+    assert client.run_inference(model, {"do": "multiply", "x": x})["y"][0, 0] == 16
+    (memory,) = kept()
+    assert client.run_inference(model, {"do": "multiply", "x": 3 * x})["y"][0, 0] == 48
+    assert kept() == [memory]
+    # A process that the callback left behind looks at it still.
+    client.run_inference(model, {"do": "leave_a_reader", "x": x})
+    assert kept() == []
+    client.run_inference(model, {"do": "multiply", "x": 5 * x})
+    assert client.run_inference(model, {"do": "ask_the_reader"}) == 1.0
+    with pytest.raises(TaskFailed):
+        client.run_inference(model, {"do": "fail", "x": x})
+    assert kept() == []
 
 
 SCRIPT = """

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import mmap
+import os
+import subprocess
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
+from observing import wait_until
 
 from scaleout_mp import ConfigError, Limits
 from scaleout_mp.client import inference_calls
@@ -16,6 +20,7 @@ from scaleout_mp.client.calls import RequestInfo
 from scaleout_mp.client.values import MAX_JSON, json_value
 from scaleout_mp.errors import ModelError
 from scaleout_mp.ipc import arguments
+from scaleout_mp.ipc.lent import Borrowed, Lender, LentMemory
 from scaleout_mp.supervisor.staged_model import inference_plan
 from scaleout_mp.supervisor.worker_trouble import WorkerTrouble
 from scaleout_mp.transport.backoff import Backoff
@@ -143,3 +148,85 @@ def test_the_limits_of_staging_and_of_requests():
     assert alone.limits == alone.staging_limits == general
     with pytest.raises(ConfigError, match="inference_concurrency"):
         inference_plan(cache_dir="c", concurrency=True, idle_time=None, limits=general, request_limits=None)
+
+
+class TestLentMemory:
+    def lent(self, lender, value):
+        return arguments.pack_plain([value], lend=lambda size: lender.lend("m", size))
+
+    def test_it_is_used_again_once_nothing_refers_to_it(self):
+        lender = Lender()
+        first = self.lent(lender, np.arange(200_000))
+        memory = first.lent
+        args = through(first)
+        assert (args[0] == np.arange(200_000)).all()
+        held = args[0][5:7]
+        del args
+        assert not arguments.let_go()
+        assert held.tolist() == [5, 6]
+        del held
+        lender.take_back("m", memory)
+        second = self.lent(lender, [np.zeros(150_000), "x", b""])
+        assert second.lent is memory
+        args = through(second)
+        assert same(args[0], [np.zeros(150_000), "x", b""])
+        args[0][0][0] = 7
+        del args
+        assert arguments.let_go()
+        assert not arguments.let_go()
+        # Nobody else gets it, and nothing that would leave most of it unused.
+        lender.take_back("m", memory)
+        assert lender.lend("n", memory.size) is not memory
+        assert lender.lend("m", memory.size // 5) is not memory
+        assert lender.lend("m", memory.size + 1) is not memory
+        assert self.lent(lender, np.zeros(1000)).lent is None
+        lender.close()
+
+    def test_who_borrows_it_can_only_read(self):
+        memory = LentMemory(1 << 20)
+        path = f"/proc/self/fd/{memory.fileno()}"
+        for act in (
+            lambda: os.write(memory.fileno(), b"x"),
+            lambda: os.ftruncate(memory.fileno(), 0),
+            lambda: mmap.mmap(memory.fileno(), 1 << 20),
+            lambda: os.truncate(path, 1 << 21),
+        ):
+            with pytest.raises(PermissionError):
+                act()
+        sizes = memory.fill([b"abc", memoryview(np.full(100, 3, np.uint8))])
+        borrowed = Borrowed(os.dup(memory.fileno()))
+        texts = [bytes(view) for view in borrowed.segments(sizes)]
+        assert texts == [b"abc", b"\x03" * 100]
+        assert borrowed.let_go()
+        memory.close()
+
+    def test_a_child_process_may_refer_to_it(self):
+        memory = LentMemory(1 << 20)
+        borrowed = Borrowed(os.dup(memory.fileno()))
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+            assert not borrowed.let_go()
+            child.stdin.close()
+            child.wait()
+            assert borrowed.let_go()
+        memory.close()
+
+    def test_what_nobody_was_lent_for_long_is_given_up(self):
+        lender = Lender(keep_seconds=0.2)
+        memory = lender.lend("m", 1 << 20)
+        lender.take_back("m", memory)
+        descriptor = memory.fileno()
+        inode = os.fstat(descriptor).st_ino
+        wait_until(lambda: not _is_open(descriptor, inode), seconds=10)
+        assert lender.lend("m", 1 << 20) is not memory
+        lender.close()
+        other = LentMemory(1 << 20)
+        lender.take_back("m", other)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(other.fileno())
+
+
+def _is_open(descriptor, inode):
+    try:
+        return os.fstat(descriptor).st_ino == inode
+    except OSError:
+        return False
