@@ -17,7 +17,7 @@ from scaleout_mp.executor.watches import Watches
 from scaleout_mp.ipc import frames, messages, values
 from scaleout_mp.ipc.channel import close_all
 from scaleout_mp.ipc.frames import Frame, Kind
-from scaleout_mp.sandbox import tree
+from scaleout_mp.sandbox import memory, tree
 from scaleout_mp.task import (
     AbortOrigin,
     EndReason,
@@ -48,6 +48,9 @@ EXIT_GRACE: Final = 2.0
 
 #: Seconds that a process which is being started may take to appear before its launcher counts as stuck.
 _START_GRACE: Final = 1.0
+
+#: Descendants of a task beyond which a search for them is not for the event loop.
+_MANY: Final = 32
 
 #: Ends at which the question is where the task was stuck.
 _STUCK: Final = frozenset({EndReason.WALL_TIME, EndReason.NO_PROGRESS})
@@ -368,9 +371,11 @@ class Execution:
         )
 
     def _kill_known(self) -> None:
-        """Kill the processes that the last look has seen; the sweep finds the others."""
+        """Kill what is below the first process, and what the last look has seen; the sweep finds the others."""
         if self._tree is not None:
-            for pid in self._tree.pids or [self._tree.pid]:
+            # All at once: what they share is freed when the last of them goes, and each takes its time to go.
+            below = memory.descendants(self._tree.pid, most=_MANY)
+            for pid in dict.fromkeys([*below, *self._tree.pids]):
                 if not tree.is_tracker(pid):
                     tree.signal_process(pid, self._tag, signal.SIGKILL)
 

@@ -30,6 +30,9 @@ _TAG_BASE: Final = 1 << 60
 #: Least hard limit below which there is still room for tags.
 _LEAST_ROOM: Final = 1 << 16
 _CLEAN_SCANS: Final = 3
+#: Seconds between two searches while processes are dying.
+_SHORTEST_PAUSE: Final = 0.001
+_LONGEST_PAUSE: Final = 0.004
 
 #: Seconds that resource trackers have to clean up, counted from the first kill.
 TRACKER_GRACE: Final = 0.5
@@ -196,6 +199,7 @@ def kill_tagged(tag: int, *, seconds: float = 10.0) -> int:
     started = time.monotonic()
     killed: set[int] = set()
     clean = 0
+    pause = _SHORTEST_PAUSE
     while clean < _CLEAN_SCANS:
         found = tagged(tag)
         if not found:
@@ -206,11 +210,14 @@ def kill_tagged(tag: int, *, seconds: float = 10.0) -> int:
         if time.monotonic() < started + TRACKER_GRACE:
             # Who has no command line is about to be gone, or has only just become a program, a tracker perhaps.
             doomed = [pid for pid in found if (line := _command(pid)) and not _TRACKER.search(line)]
+        before = len(killed)
         killed.update(pid for pid in doomed if signal_process(pid, tag, signal.SIGKILL))
         if time.monotonic() > started + seconds:
             raise TimeoutError(f"processes {found} are still there {seconds:g} s after SIGKILL")
-        # Let the dying leave: a SIGKILL takes effect when its target is next scheduled.
-        time.sleep(0.001)
+        # Let the dying leave, which takes the processors some time for what they had in memory; and longer when nobody
+        # new has come: searching would take that from them.
+        pause = min(_LONGEST_PAUSE, 2 * pause) if len(killed) == before else _SHORTEST_PAUSE
+        time.sleep(pause)
     return len(killed)
 
 
