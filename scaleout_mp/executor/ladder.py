@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from signal import SIGTERM
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.sandbox import tree
 from scaleout_mp.task import StopStage
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+#: Seconds that the processes that are known have for themselves before all others are searched.
+_SEARCH_AFTER: Final = 0.005
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,8 @@ async def climb(
                 return
     on_stage(StopStage.SIGKILL)
     kill_first()
+    # They need the processors to give back what they have in memory: a search beside it would prolong that.
+    await asyncio.wait([gone], timeout=_SEARCH_AFTER)
     while not gone.done():
         await sweep(tag)
         # It may have put on its tag only now: a sweep before that did not see it.
