@@ -340,3 +340,47 @@ with TaskExecutor(sandbox="basic", echo_output=False, scratch_folder=sys.argv[1]
     print(next(task.records()).attributes["names"], flush=True)
     task.result()
 """
+
+
+#: Mounts what is outside below scratch folders, which it then removes. Arguments: where they are made, the outside,
+#: and what to mount. It prints what is gone, what is warned of, and what is left.
+MOUNTING = """
+import ctypes, json, logging, os, sys
+from scaleout_mp.sandbox import namespaces
+from scaleout_mp.sandbox.scratch import ScratchFolders
+
+BIND, RECURSIVE, PRIVATE = 0x1000, 0x4000, 0x40000
+libc = ctypes.CDLL(None, use_errno=True)
+
+def mount(source, target, kind, flags):
+    if libc.mount(source.encode(), target.encode(), kind, flags, None) != 0:
+        raise OSError(ctypes.get_errno(), "mount", target)
+
+parent, beside, what = sys.argv[1:]
+namespaces.enter_own_users()
+namespaces.enter_own_mounts()
+mount("none", "/", None, RECURSIVE | PRIVATE)
+warned = []
+handler = logging.Handler()
+handler.emit = lambda record: warned.append(record.getMessage())
+logging.getLogger("scaleout_mp").addHandler(handler)
+folders = ScratchFolders.make_base(parent)
+scratch = folders.make()
+place = {"top": ".", "sub": "sub", "deep": "a/b/c", "other": "a/b"}[what]
+os.makedirs(f"{scratch}/{place}/under", exist_ok=True)
+os.makedirs(f"{scratch}/z/own")
+open(f"{scratch}/z/own/file", "w").close()
+target = os.path.normpath(f"{scratch}/{place}")
+if what == "other":
+    mount("none", target, b"tmpfs", 0)
+    open(f"{target}/kept", "w").close()
+else:
+    mount(beside, target, None, BIND)
+gone = folders.remove(scratch)
+folders.close()
+mounts = [line.split()[4] for line in open("/proc/self/mountinfo")]
+left = [path for path in mounts if path.startswith(folders.path)]
+inside = sorted(os.listdir(left[0])) if left else None
+names = [name for _, below, _ in os.walk(folders.path) for name in below]
+print(json.dumps({"gone": gone, "warned": warned, "left": left, "inside": inside, "own": "own" in names}))
+"""

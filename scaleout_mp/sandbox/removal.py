@@ -1,8 +1,10 @@
-"""Removes a folder whatever was left in it, and nothing else: without recursion, and through no link.
+"""Removes a folder whatever was left in it, and nothing else: without recursion, and through no link and no mount.
 
 A path can be nested deeper than any stack or descriptor table is long, and longer than the kernel takes. So no path is
 followed: what lies in a subfolder is unlinked, and folders in it are moved up, until nothing is below the top. Each
-folder is opened by its parent's descriptor, found to be one, and moved and emptied once. Facts: openat(2), rename(2).
+folder is opened by its parent's descriptor, found to be one, and moved and emptied once. What a task has mounted there,
+another folder of the same disk for example, is left: only its mount tells it from a folder of the task's own. Facts:
+openat(2), rename(2), proc_pid_fdinfo(5).
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ _FOLDER_ITSELF: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXE
 #: Opens a folder to be read and locked.
 OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _USABLE: Final = 0o700
+#: The line of a descriptor's file in /proc that says on which mount it is.
+_MOUNT: Final = b"mnt_id:"
+#: What unlink(2) and rmdir(2) say of a folder that has to be emptied, and of one on which something is mounted.
+_NOT_YET: Final = frozenset({errno.ENOTEMPTY, errno.EBUSY})
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -35,16 +41,22 @@ class Removal:
     problem: OSError | None = None
     _lifted: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))
     _count: int = 0
+    #: Where the folder is that is removed, as `_mount_of` has it.
+    _mount: tuple[bytes, int] = (b"", 0)
 
     def remove(self, name: str, folder: int) -> bool:
-        """Remove the entry `name` of the open `folder`, whatever it is; return whether it is gone."""
+        """Remove the entry `name` of the open `folder`, whatever it is; return whether it is gone.
+
+        What is mounted on it or below stays as it is, and so does the way to it.
+        """
         if self._unlink(name, folder):
             return True
         self._attempt(lambda: self._remove_folder(name, folder))
         return not _is_there(name, folder)
 
     def _remove_folder(self, name: str, folder: int) -> None:
-        top = _open_usable(name, folder)
+        self._mount = _mount_of(folder)
+        top = self._open_usable(name, folder)
         try:
             self._empty(top)
         finally:
@@ -64,7 +76,7 @@ class Removal:
             except FileNotFoundError:
                 return True
             except OSError as error:
-                if error.errno != errno.ENOTEMPTY:
+                if error.errno not in _NOT_YET:
                     self.problem = self.problem or error
                 return False
         except OSError as error:
@@ -91,7 +103,7 @@ class Removal:
     def _lift(self, name: str, top: int) -> bool:
         """Empty a subfolder of the top into the top, and remove it; return whether it is gone."""
         try:
-            folder = _open_usable(name, top)
+            folder = self._open_usable(name, top)
         except OSError as error:
             self.problem = self.problem or error
             return False
@@ -113,11 +125,29 @@ class Removal:
     def _move_up(self, name: str, folder: int, top: int) -> None:
         def move() -> None:
             # To move a folder is to write into it: its entry ".." changes.
-            os.close(_open_usable(name, folder))
+            os.close(self._open_usable(name, folder))
             os.rename(name, f"{self._lifted}-{self._count}", src_dir_fd=folder, dst_dir_fd=top)
             self._count += 1
 
         self._attempt(move)
+
+    def _open_usable(self, name: str, folder: int) -> int:
+        """Open a subfolder for reading, and see to it that this user may read and change it.
+
+        Raises OSError, with the path of it where something is mounted on it.
+        """
+        itself = os.open(name, _FOLDER_ITSELF, dir_fd=folder)
+        try:
+            # First of all: the answer to any question about the folder comes from whoever serves what is mounted.
+            if _mount_of(itself) != self._mount:
+                path = os.readlink(f"/proc/self/fd/{itself}")
+                raise OSError(errno.EXDEV, "something is mounted there, which is left as it is", path)
+            if os.fstat(itself).st_mode & _USABLE != _USABLE:
+                # Through the descriptor: by name it could be another file by now.
+                os.chmod(f"/proc/self/fd/{itself}", _USABLE)
+            return os.open(".", OPEN, dir_fd=itself)
+        finally:
+            os.close(itself)
 
     def _attempt(self, action: Callable[[], None]) -> None:
         try:
@@ -146,21 +176,29 @@ def remove_ownerless(name: str, folder: int, give_up: Callable[[], bool]) -> Non
         os.close(subfolder)
 
 
-def _open_usable(name: str, folder: int) -> int:
-    """Open a subfolder for reading, and see to it that this user may read and change it."""
-    itself = os.open(name, _FOLDER_ITSELF, dir_fd=folder)
+def _mount_of(descriptor: int) -> tuple[bytes, int]:
+    """Return what tells the mount that a descriptor is on: its number, or the device where the kernel tells no more.
+
+    Folders of one device can be on several mounts, and one mount can show several devices, as with Btrfs.
+    """
     try:
-        if os.fstat(itself).st_mode & _USABLE != _USABLE:
-            # Through the descriptor: by name it could be another file by now.
-            os.chmod(f"/proc/self/fd/{itself}", _USABLE)
-        return os.open(".", OPEN, dir_fd=itself)
+        file = os.open(f"/proc/self/fdinfo/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, PermissionError):
+        # No /proc; or before Linux 5.14, to an ordinary user whose process is closed to others.
+        return b"", os.fstat(descriptor).st_dev
+    try:
+        lines = os.read(file, 1 << 12).splitlines()
     finally:
-        os.close(itself)
+        os.close(file)
+    number = next((line for line in lines if line.startswith(_MOUNT)), b"")
+    return (number, 0) if number else (b"", os.fstat(descriptor).st_dev)
 
 
 def _is_there(name: str, folder: int) -> bool:
     try:
-        os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
+        # Without a question to what may be mounted there.
+        os.close(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder))
+    except OSError as error:
+        # Else: out of descriptors.
+        return error.errno != errno.ENOENT
     return True

@@ -109,8 +109,7 @@ class ScratchFolders:
                 return True
         finally:
             os.close(folder)
-        if removal.problem is not None:
-            logger.warning("cannot remove %s: %s", path, removal.problem, extra={"action": "scratch_left"})
+        _tell(removal, path)
         return False
 
     def remove_left_over(self) -> None:
@@ -140,10 +139,18 @@ class ScratchFolders:
             return
         try:
             if _is_at(self._folder, self._path):
-                Removal(give_up=self._giving_up.is_set).remove(os.path.basename(self._path), parent)
+                removal = Removal(give_up=self._giving_up.is_set)
+                if not removal.remove(os.path.basename(self._path), parent):
+                    # Once more: what is left may be elsewhere in it by now.
+                    _tell(removal, self._path)
         finally:
             os.close(parent)
             os.close(self._folder)
+
+
+def _tell(removal: Removal, path: str) -> None:
+    if removal.problem is not None:
+        logger.warning("cannot remove %s: %s", path, removal.problem, extra={"action": "scratch_left"})
 
 
 def _make_locked(parent: str) -> tuple[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,8 +14,10 @@ import tempfile
 import pytest
 import scratch_programs as programs
 from observing import wait_until
+from test_strict import needs_namespaces
 
 from scaleout_mp import ConfigError, EndReason, Limits, TaskExecutor, TaskFailed
+from scaleout_mp.sandbox.scratch import ScratchFolders
 from scaleout_mp.task import StopStage
 
 LEVELS = ("none", "basic", "auto", "strict")
@@ -94,6 +97,37 @@ def test_whatever_is_left_in_it_goes(base, tmp_path, program):
         assert executor.submit(programs.look_around).result(20)["temp folder"] == []
     assert (beside / "file").read_text() == "kept"
     assert stat.S_IMODE(beside.stat().st_mode) == 0o755
+
+
+@needs_namespaces
+@pytest.mark.parametrize("what", ["top", "sub", "deep", "other"])
+def test_what_is_mounted_in_it_is_left_and_named(tmp_path, what):
+    base, beside = tmp_path / "base", tmp_path / "beside"
+    base.mkdir()
+    (beside / "sub").mkdir(parents=True, mode=0o755)
+    (beside / "kept").write_text("kept")
+    (beside / "sub" / "file").write_text("kept")
+    beside.chmod(0o555)
+    command = [sys.executable, "-c", programs.MOUNTING, str(base), str(beside), what]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=True)
+    seen = json.loads(done.stdout)
+    (path,) = seen["left"]
+    assert not seen["gone"]
+    assert len(seen["warned"]) == 2
+    assert all("something is mounted there, which is left as it is: " in text for text in seen["warned"])
+    assert seen["warned"][-1].endswith(f": {path!r}")
+    assert seen["inside"] == (["kept"] if what == "other" else ["kept", "sub"])
+    # All the rest of it goes.
+    assert not seen["own"]
+    assert (beside / "kept").read_text() == (beside / "sub" / "file").read_text() == "kept"
+    assert stat.S_IMODE(beside.stat().st_mode) == 0o555
+    beside.chmod(0o755)
+    # The mounts were those of that process.
+    folders = ScratchFolders.make_base(base)
+    folders.remove_left_over()
+    folders.close()
+    assert list(base.iterdir()) == []
 
 
 @pytest.mark.parametrize("program", [programs.crash, programs.hang], ids=lambda program: program.__name__)
