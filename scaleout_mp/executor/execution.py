@@ -413,7 +413,9 @@ class Execution:
             self._on_record(messages.parse_record(frame))
             return
         if frame.kind is Kind.PROGRESS:
-            close_all(frame.descriptors)
+            if frame.descriptors:
+                close_all(frame.descriptors)
+                raise ProtocolViolation("a PROGRESS frame came with descriptors")
             return
         if self._result_came or self._reading is not None or self._evidence.failure is not None:
             close_all(frame.descriptors)

@@ -100,7 +100,8 @@ class StateSlot:
             self._sent = packed
 
     def _parse(self, frame: Frame) -> tuple[StateChange, _Packed | None]:
-        if len(frame.fields) != 2 or frame.fields[0] not in set(StateChange):
+        change = frame.fields[0] if len(frame.fields) == 2 else None
+        if type(change) is not str or change not in set(StateChange):
             raise ProtocolViolation("a STATE frame does not say what happened to the state")
         change, table = StateChange(frame.fields[0]), frame.fields[1]
         if change is not StateChange.KEPT:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgpack
 
 from scaleout_mp.errors import ChannelError, ProtocolViolation
+from scaleout_mp.ipc.aside import close_aside, is_memory
 from scaleout_mp.ipc.frames import LENGTH, MAX_DESCRIPTORS, MAX_FRAME, Frame, FrameDecoder, Kind, encode, too_long
 from scaleout_mp.ipc.ring import RingWriter
 
@@ -55,8 +56,12 @@ def readable(sock: socket.socket, seconds: float) -> bool:
 class Receiver:
     """Reads bytes and descriptors off a socket and puts them together as frames."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, only_memory: bool = False) -> None:
+        """With `only_memory`, a descriptor of anything else is a violation."""
         self._sock = sock
+        self._only_memory = only_memory
+        #: Bytes that were read.
+        self.received = 0
         self._decoder = FrameDecoder()
         self._descriptors: collections.deque[int] = collections.deque()
 
@@ -72,7 +77,8 @@ class Receiver:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 rights = array.array("i")
                 rights.frombytes(content[: len(content) - len(content) % rights.itemsize])
-                self._descriptors.extend(rights)
+                self._take(rights)
+        self.received += len(data)
         if message_flags & socket.MSG_CTRUNC:
             raise ProtocolViolation(f"more than {MAX_DESCRIPTORS} descriptors came at once")
         if not data:
@@ -85,6 +91,17 @@ class Receiver:
         if len(self._descriptors) > MAX_DESCRIPTORS:
             raise ProtocolViolation("descriptors came that no frame announced")
         return frames
+
+    def _take(self, descriptors: Iterable[int]) -> None:
+        foreign = []
+        for descriptor in descriptors:
+            if self._only_memory and not is_memory(descriptor):
+                foreign.append(descriptor)
+            else:
+                self._descriptors.append(descriptor)
+        if foreign:
+            close_aside(foreign)
+            raise ProtocolViolation("a descriptor came that is no memory")
 
     def close(self) -> None:
         close_all(self._descriptors)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
 import collections
 import contextlib
+import fcntl
+import logging
 import os
 import socket
+import termios
 from typing import TYPE_CHECKING
 
 from scaleout_mp.errors import ProtocolViolation
-from scaleout_mp.ipc.channel import READ_SIZE, Receiver, close_all, readable, send_now
+from scaleout_mp.ipc.aside import close_aside
+from scaleout_mp.ipc.channel import Receiver, close_all, readable, send_now
 from scaleout_mp.ipc.ring_inbox import RingInbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from scaleout_mp.ipc.frames import Frame
+
+logger = logging.getLogger(__name__)
 
 
 class SupervisorChannel:
@@ -38,7 +45,7 @@ class SupervisorChannel:
         self._sock = sock
         self._on_frame = on_frame
         self._on_closed = on_closed
-        self._receiver = Receiver(sock)
+        self._receiver = Receiver(sock, only_memory=True)
         self._loop = asyncio.get_running_loop()
         self._queue: collections.deque[tuple[memoryview, list[int]]] = collections.deque()
         self._open = True
@@ -109,19 +116,33 @@ class SupervisorChannel:
         if frames is None:
             self.close(None)
             return
-        for position, frame in enumerate(frames):
-            try:
-                if not self._inbox.takes(frame):
-                    # What was in the ring came before it.
+        self._pass_on_read(collections.deque(frames))
+
+    def _pass_on_read(self, frames: collections.deque[Frame]) -> None:
+        # Whatever was in the ring before any of them was sent is there by now: one look is enough, and all that a task
+        # gets of a turn of the loop.
+        emptied = False
+        try:
+            while frames:
+                frame = frames.popleft()
+                if self._inbox.takes(frame):
+                    continue
+                if not emptied and self._inbox.opened:
+                    emptied = True
                     self._pass_on(self._inbox.read_all())
-                    self._on_frame(frame)
-            except ProtocolViolation as violation:
-                for unread in frames[position + 1 :]:
-                    close_all(unread.descriptors)
-                self.close(violation)
-                return
-        if self._receiver.violation is not None:
-            self.close(self._receiver.violation)
+                self._on_frame(frame)
+        except ProtocolViolation as violation:
+            self.close(violation)
+        except Exception as bug:
+            # Of ours, which a task has found: it must not cost more than that task.
+            logger.exception("a frame of a task could not be handled", extra={"action": "frame_bug"})
+            self.close(ProtocolViolation(f"a frame could not be handled: {type(bug).__name__}"))
+        else:
+            if self._receiver.violation is not None:
+                self.close(self._receiver.violation)
+        finally:
+            for unread in frames:
+                close_all(unread.descriptors)
 
     def _pass_on(self, frames: list[Frame]) -> None:
         for frame in frames:
@@ -133,12 +154,15 @@ class SupervisorChannel:
         except ProtocolViolation as violation:
             self.close(violation)
 
-    def drain(self, most: int = 1 << 26) -> None:
-        """Read what is in the socket now, up to `most` bytes' worth of reads; called once the child is dead."""
-        for _ in range(most // READ_SIZE):
-            if not self._open or not readable(self._sock, 0):
-                return
+    def drain(self) -> None:
+        """Read what is in the socket now; called once the child is dead. What others send meanwhile is not read."""
+        if not self._open:
+            return
+        end = self._receiver.received + _unread(self._sock)
+        while self._receiver.received < end and readable(self._sock, 0):
             self._read()
+            if not self.open:
+                return
 
     def close(self, violation: ProtocolViolation | None = None) -> None:
         """Close the channel; `on_closed` is called unless it was closed before."""
@@ -161,5 +185,16 @@ class SupervisorChannel:
         # A fork of this process may hold a copy: closing ours alone would tell the other end nothing.
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
+        if _unread(self._sock):
+            # Descriptors may be among it, which are closed with the socket.
+            close_aside([self._sock.detach()])
+        else:
+            self._sock.close()
         self._on_closed(violation)
+
+
+def _unread(sock: socket.socket) -> int:
+    """Return the bytes that wait in a socket."""
+    count = array.array("i", [0])
+    fcntl.ioctl(sock, termios.FIONREAD, count)
+    return count[0]

@@ -179,7 +179,10 @@ def parse_record(frame: Frame) -> Record:
 def parse_failure(frame: Frame) -> Failure:
     """Return what a FAILURE frame says. Raises ProtocolViolation."""
     error_type, message, traceback, refused = _fields(frame, 4)
-    _require(refused is None or refused in set(Refusal), "a failure names a resource that there is not")
+    _require(
+        refused is None or (type(refused) is str and refused in set(Refusal)),
+        "a failure names a resource that there is not",
+    )
     return Failure(
         error_type=_text(error_type, MAX_NAME, "an error's name"),
         message=_text(message, MAX_VALUE, "an error's message"),

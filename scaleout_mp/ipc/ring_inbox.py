@@ -40,6 +40,11 @@ class RingInbox:
         self._until = 0.0
         self._pause = _OFTEN
 
+    @property
+    def opened(self) -> bool:
+        """Whether the task has a ring."""
+        return self._ring is not None
+
     def takes(self, frame: Frame) -> bool:
         """Take a frame that is about the ring itself. Raises ProtocolViolation."""
         if frame.kind is Kind.RING:

@@ -12,6 +12,7 @@ import fcntl
 import itertools
 import logging
 import os
+import re
 import secrets
 import tempfile
 import threading
@@ -22,8 +23,10 @@ from scaleout_mp.sandbox.removal import OPEN, Removal, remove_ownerless
 
 logger = logging.getLogger(__name__)
 
-#: Short: programs put sockets below it, whose path may have 107 bytes.
-_PREFIX: Final = "scaleout-mp-"
+#: Short: programs put sockets below it, whose path may have 107 bytes. Nothing else may have such a name: what has it,
+#: locked by nobody, is removed.
+_PREFIX: Final = "scaleout-scratch-"
+_BASE: Final = re.compile(re.escape(_PREFIX) + "[0-9a-f]{8}")
 _TRIES: Final = 100
 
 
@@ -117,7 +120,7 @@ class ScratchFolders:
         parent = os.open(self._parent, OPEN)
         try:
             with os.scandir(parent) as entries:
-                names = [entry.name for entry in entries if entry.name.startswith(_PREFIX)]
+                names = [entry.name for entry in entries if _BASE.fullmatch(entry.name)]
             for name in names:
                 if self._giving_up.is_set():
                     return

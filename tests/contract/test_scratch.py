@@ -44,7 +44,7 @@ def base(tmp_path):
 
 def folders(base):
     """The scratch folders of tasks below the bases of all supervisors, without those of templates."""
-    return [path for path in base.glob("scaleout-mp-*/*") if path.name != "template"]
+    return [path for path in base.glob("scaleout-scratch-*/*") if path.name != "template"]
 
 
 def test_each_task_has_an_empty_folder_of_its_own(base, level, start_method):
@@ -188,14 +188,21 @@ def test_what_a_killed_supervisor_left_goes(base):
 
 
 def test_what_supervisor_and_guardian_left_goes_with_the_next_start(base):
-    left = base / "scaleout-mp-0123abcd"
+    left = base / "scaleout-scratch-0123abcd"
     (left / "7" / "folder").mkdir(parents=True)
     (left / "7" / "folder" / "file").write_text("x")
-    link = base / "scaleout-mp-link"
+    link = base / "scaleout-scratch-89abcdef"
     link.symlink_to(left.parent.parent)
+    others = [base / name for name in ("scaleout-mp-0", "scaleout-scratch-results", "scaleout-scratch-0123abcd.old")]
+    for other in others:
+        (other / "folder").mkdir(parents=True)
     with TaskExecutor(echo_output=False, scratch_folder=base) as executor:
         executor.submit(programs.look_around).result(20)
         wait_until(lambda: not left.exists(), what="the left folder is gone")
+    # Whatever has another name is somebody's.
+    for other in others:
+        (other / "folder").rmdir()
+        other.rmdir()
     link.unlink()
 
 
