@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from scaleout_mp.errors import ProtocolViolation
 from scaleout_mp.ipc.aside import close_aside
-from scaleout_mp.ipc.channel import Receiver, close_all, readable, send_now
+from scaleout_mp.ipc.channel import Kind, Receiver, close_all, readable, send_now
 from scaleout_mp.ipc.ring_inbox import RingInbox
 
 if TYPE_CHECKING:
@@ -119,15 +119,15 @@ class SupervisorChannel:
         self._pass_on_read(collections.deque(frames))
 
     def _pass_on_read(self, frames: collections.deque[Frame]) -> None:
-        # Whatever was in the ring before any of them was sent is there by now: one look is enough, and all that a task
-        # gets of a turn of the loop.
+        # Whatever was in the ring before any of them was sent is there by now: one look is enough, and that only before
+        # what ends the task, so that a flood of frames does not become one of looks.
         emptied = False
         try:
             while frames:
                 frame = frames.popleft()
                 if self._inbox.takes(frame):
                     continue
-                if not emptied and self._inbox.opened:
+                if not emptied and frame.kind is not Kind.PROGRESS and self._inbox.opened:
                     emptied = True
                     self._pass_on(self._inbox.read_all())
                 self._on_frame(frame)
