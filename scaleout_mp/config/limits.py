@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Any, Final
+from typing import Final
 
+from scaleout_mp.config.checks import shown
 from scaleout_mp.config.machine import usable_memory
 from scaleout_mp.errors import ConfigError
 
@@ -34,6 +35,10 @@ _TIME_UNITS: Final = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 MIN_MEMORY: Final = 8 * 2**20
 #: Sums of a few such numbers still fit what the kernel takes.
 MAX_SIZE: Final = 1 << 60
+#: Some 31 years; a timer and the kernel's limits take it.
+MAX_SECONDS: Final = 10**9
+#: What a C int holds: beyond it libraries would see another number, and the kernel has no more of anything.
+MAX_COUNT: Final = 2**31 - 1
 #: The interpreter, its streams, the channel and a few files.
 MIN_OPEN_FILES: Final = 16
 
@@ -41,30 +46,50 @@ MIN_OPEN_FILES: Final = 16
 def parse_size(value: object, *, field: str) -> int:
     """Return a number of bytes; strings like "512MiB", "2GB" or "1.5 GiB" are understood.
 
-    Raises ConfigError that names `field`.
+    Raises ConfigError that names `field`, also for more than `MAX_SIZE`. Whether it may be below 0 is the caller's.
     """
+    size: float
     if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    unit = _UNITS.get(match[2].lower()) if match else None
-    if match is None or unit is None:
-        raise ConfigError(f'{field} must be a number of bytes or a size like "512MiB", not {value!r}')
-    return int(float(match[1]) * unit)
+        size = value
+    else:
+        match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+        unit = _UNITS.get(match[2].lower()) if match else None
+        if match is None or unit is None:
+            raise ConfigError(f'{field} must be a number of bytes or a size like "512MiB", not {shown(value)}')
+        size = float(match[1]) * unit
+    # Compared before it is a whole number: of enough digits, it is infinite.
+    if size > MAX_SIZE:
+        raise ConfigError(f"{field} must be at most 2**60 bytes, not {shown(value)}")
+    return int(size)
 
 
 def parse_seconds(value: object, *, field: str) -> float:
-    """Return a number of seconds; strings like "90s", "10m" or "1.5h" are understood. Raises ConfigError."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
-        return float(value)
-    match = _TIME.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        raise ConfigError(f'{field} must be a number of seconds or a time like "10m", not {value!r}')
-    return float(match[1]) * _TIME_UNITS[match[2]]
+    """Return a number of seconds; strings like "90s", "10m" or "1.5h" are understood.
+
+    Raises ConfigError that names `field`, also for more than `MAX_SECONDS`. Whether it may be below 0 is the caller's.
+    """
+    seconds: float
+    if isinstance(value, int | float) and not isinstance(value, bool) and not _is_nan(value):
+        seconds = value
+    else:
+        match = _TIME.fullmatch(value) if isinstance(value, str) else None
+        if match is None:
+            raise ConfigError(f'{field} must be a number of seconds or a time like "10m", not {shown(value)}')
+        seconds = float(match[1]) * _TIME_UNITS[match[2]]
+    if seconds > MAX_SECONDS:
+        raise ConfigError(f"{field} must be at most 10**9 seconds, not {shown(value)}")
+    # Of a whole number far below 0 only the sign counts.
+    return float(max(seconds, -MAX_SECONDS))
 
 
-def _at_least(field: str, value: Any, least: float, unit: str) -> None:
+def _is_nan(value: object) -> bool:
+    # `math.isnan` fails for whole numbers that no float can hold.
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _at_least(field: str, value: float, least: int, unit: str) -> None:
     if value < least:
-        raise ConfigError(f"{field} must be at least {least:g} {unit}, not {value!r}")
+        raise ConfigError(f"{field} must be at least {least}{unit}, not {shown(value)}")
 
 
 def _above_zero(field: str, value: float) -> None:
@@ -74,8 +99,10 @@ def _above_zero(field: str, value: float) -> None:
 
 def _count(field: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{field} must be a whole number, not {value!r}")
+        raise ConfigError(f"{field} must be a whole number, not {shown(value)}")
     _at_least(field, value, least, "")
+    if value > MAX_COUNT:
+        raise ConfigError(f"{field} must be at most 2**31 - 1, not {shown(value)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,22 +141,18 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.memory is not None:
-            _at_least("memory", self.memory_bytes, MIN_MEMORY, "bytes (8MiB)")
-            if self.memory_bytes > MAX_SIZE:
-                raise ConfigError(f"memory must be at most 2**60 bytes, not {self.memory!r}")
+            _at_least("memory", self.memory_bytes, MIN_MEMORY, " bytes (8MiB)")
         for field in ("wall_time", "cpu_time", "no_progress"):
             if getattr(self, field) is not None:
                 _above_zero(field, parse_seconds(getattr(self, field), field=field))
-        _at_least("abort_grace", self.abort_grace_seconds, 0, "seconds")
+        _at_least("abort_grace", self.abort_grace_seconds, 0, " seconds")
         for field, least in (("pids", 1), ("open_files", MIN_OPEN_FILES), ("threads", 1)):
             if getattr(self, field) is not None:
                 _count(field, getattr(self, field), least)
         for field, size in (("file_size", self.file_size), ("scratch_size", self.scratch_size)):
             if size is not None:
-                _at_least(field, parse_size(size, field=field), 0, "bytes")
-                if parse_size(size, field=field) > MAX_SIZE:
-                    raise ConfigError(f"{field} must be at most 2**60 bytes, not {size!r}")
-        _at_least("output_bytes", self.output_size, 0, "bytes")
+                _at_least(field, parse_size(size, field=field), 0, " bytes")
+        _at_least("output_bytes", self.output_size, 0, " bytes")
 
     @property
     def memory_bytes(self) -> int:

@@ -7,7 +7,8 @@ import os
 from collections.abc import Collection, Sequence
 from typing import Final
 
-from scaleout_mp.config.limits import MAX_SIZE, MIN_MEMORY, parse_size
+from scaleout_mp.config.checks import shown
+from scaleout_mp.config.limits import MIN_MEMORY, parse_size
 from scaleout_mp.config.machine import usable_memory
 from scaleout_mp.errors import ConfigError
 
@@ -54,8 +55,8 @@ def parse_memory_budget(budget: float | str | None) -> int | None:
             raise ConfigError(f"memory_budget must be a fraction above 0 and up to 1.0, or a size, not {budget!r}")
         return int(budget * usable_memory())
     size = parse_size(budget, field="memory_budget")
-    if not MIN_MEMORY <= size <= MAX_SIZE:
-        raise ConfigError(f"memory_budget must be from 8MiB to 2**60 bytes, not {budget!r}")
+    if size < MIN_MEMORY:
+        raise ConfigError(f"memory_budget must be at least {MIN_MEMORY} bytes (8MiB), not {shown(budget)}")
     return size
 
 
@@ -66,11 +67,15 @@ def parse_gpus(gpus: Sequence[int | str] | None) -> tuple[str, ...] | None:
     if isinstance(gpus, str) or not isinstance(gpus, Sequence):
         raise ConfigError(f"gpus must be a list of numbers or names of GPUs, not {gpus!r}")
     names = [str(gpu) if type(gpu) in {int, str} else "" for gpu in gpus]
-    if not all(name and "," not in name and not name.startswith("-") for name in names):
+    if not all(name and "," not in name and not name.startswith("-") and _is_plain(name) for name in names):
         raise ConfigError(f"gpus must be numbers from 0, or names as in CUDA_VISIBLE_DEVICES, not {gpus!r}")
     if len(set(names)) != len(names):
         raise ConfigError(f"gpus names one GPU twice: {gpus!r}")
     return tuple(names)
+
+
+def _is_plain(name: str) -> bool:
+    return name.isascii() and name.isprintable()
 
 
 def gpu_environment(gpus: Sequence[str]) -> dict[str, str]:

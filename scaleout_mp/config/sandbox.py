@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final, Literal
 
 from scaleout_mp.errors import ConfigError
@@ -49,7 +50,7 @@ class Sandbox:
             raise ConfigError(f"sandbox: network must be True or False, not {self.network!r}")
         for field in ("read", "write"):
             paths = getattr(self, field)
-            if isinstance(paths, str | os.PathLike | bytes):
+            if isinstance(paths, str | os.PathLike | bytes) or not isinstance(paths, Iterable):
                 raise ConfigError(f"sandbox: {field} must be a list of paths, not {paths!r}")
             object.__setattr__(self, field, tuple(_existing(path, field) for path in paths))
         if level is not Level.STRICT and (self.read or self.write or self.network):

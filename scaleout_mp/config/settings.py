@@ -51,7 +51,7 @@ def _size(environ: Mapping[str, str], name: str, *, default: int) -> int:
     value = environ.get(name)
     if not value:
         return default
-    size = parse_size(int(value) if value.isdigit() else value, field=name)
+    size = parse_size(value, field=name)
     if size < 1:
         raise ConfigError(f"{name} must be above 0 bytes, not {value!r}")
     return size

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from scaleout_mp.config.checks import require_flag
 from scaleout_mp.config.machine import THREAD_VARIABLES
 from scaleout_mp.errors import ConfigError
 
@@ -55,10 +56,12 @@ class Surroundings:
             # Meant as seen from here: the program may stand elsewhere by the time of the first task.
             object.__setattr__(self, "working_directory", os.path.abspath(self.working_directory))
         _check_environment(self.environment)
-        names = self.pass_environment
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise ConfigError(f"pass_environment must be a list of names, not {names!r}")
+        given: object = self.pass_environment
+        names = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [None]
+        if not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"pass_environment must be a list of names, not {given!r}")
         object.__setattr__(self, "pass_environment", tuple(names))
+        require_flag("shield", self.shield)
 
     def start_folder(self, scratch: str, *, inherit: bool) -> str:
         """Return where a task starts, "" for where the program stands; `inherit` says what None means."""
@@ -75,14 +78,24 @@ def _require_folder(field: str, path: str | os.PathLike[str]) -> None:
         raise ConfigError(f"{field}: there is no folder {os.fspath(path)!r}")
 
 
+def _is_passable(text: str) -> bool:
+    try:
+        # As `os.environ` has it: surrogates that stand for bytes which are no UTF-8 are fine, no others.
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 def _check_environment(environment: Any) -> None:
     if not isinstance(environment, Mapping):
         raise ConfigError(f"environment must be a dict, not {type(environment).__name__}")
     for name, value in environment.items():
-        if not isinstance(name, str) or not name or "=" in name or "\0" in name:
+        if not isinstance(name, str) or not name or "=" in name or not _is_passable(name):
             raise ConfigError(f"environment: {name!r} is no name of a variable")
         # The value stays out of messages: it may be a secret.
-        if not isinstance(value, str) or "\0" in value:
-            raise ConfigError(f"environment: the value of {name} must be a string without null characters")
+        if not isinstance(value, str) or not _is_passable(value):
+            raise ConfigError(
+                f"environment: the value of {name} must be a string that can be encoded, without null characters"
+            )
         if name in _OURS:
             raise ConfigError(f"environment: {name} is set for each task; use {_OURS[name]}")

@@ -9,7 +9,8 @@ import uuid
 from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.config import Limits, Resources, Sandbox, Surroundings
-from scaleout_mp.config.limits import MAX_SIZE, parse_size
+from scaleout_mp.config.checks import parse_modules, require_flag, require_kind, require_name, shown
+from scaleout_mp.config.limits import parse_size
 from scaleout_mp.config.resources import parse_gpus, parse_memory_budget
 from scaleout_mp.config.sandbox import Level, LevelName, as_sandbox
 from scaleout_mp.errors import ConfigError
@@ -48,14 +49,23 @@ MAX_MODEL_SIZE: Final = 64 * 2**30
 def parse_state_bytes(state_bytes: int | str) -> int:
     """Return the bound of a state in bytes. Raises ConfigError."""
     size = parse_size(state_bytes, field="state_bytes")
-    if not 0 <= size <= MAX_SIZE:
-        raise ConfigError(f"state_bytes must be from 0 to 2**60 bytes, not {state_bytes!r}")
+    if size < 0:
+        raise ConfigError(f"state_bytes must be at least 0 bytes, not {shown(state_bytes)}")
     return size
 
 
 def default_concurrency() -> int:
     """Return how many tasks run at once unless somebody says otherwise."""
     return max(4, os.cpu_count() or 1)
+
+
+def check_order(*, limits: object, resources: object, name: object, state: object) -> None:
+    """Check what a task is ordered with. Raises ConfigError that names the field."""
+    require_kind(Limits, limits=limits)
+    require_kind(Resources, resources=resources)
+    require_name(state=state)
+    if name != "":
+        require_name(name=name)
 
 
 class ExecutorCore:
@@ -84,7 +94,11 @@ class ExecutorCore:
             raise ConfigError(f'start_method must be "template" or "spawn", not {start_method!r}')
         most = default_concurrency() if max_concurrent_tasks is None else max_concurrent_tasks
         if type(most) is not int or most < 1:
-            raise ConfigError(f"max_concurrent_tasks must be a whole number above 0, not {max_concurrent_tasks!r}")
+            raise ConfigError(f"max_concurrent_tasks must be a whole number above 0, not {shown(most)}")
+        require_kind(Limits, limits=limits)
+        require_kind(Resources, resources=resources)
+        require_flag("echo_output", echo_output)
+        modules = parse_modules("preload", preload)
         self._sandbox = as_sandbox(sandbox)
         self._unconfined = Level(self._sandbox.level) is Level.NONE
         self._limits = limits or Limits()
@@ -93,7 +107,7 @@ class ExecutorCore:
         self._shield = Shield()
         self._launcher = launcher or TemplateLauncher(
             start_method=start_method,
-            preload=preload,
+            preload=modules,
             sandbox=self._sandbox,
             threads=self._limits.threads,
             place=self._template_place,
@@ -175,8 +189,9 @@ class ExecutorCore:
         `on_record` gets what the task logs, in order and before the outcome; `on_state` each state after PENDING.
         `state` names what the task finds in `current_task().state` and hands on to the next one that names it.
         `place` is one whose turn has come, for the same limits, resources and worker.
-        Raises CallbackNotSendable and ValueNotSendable.
+        Raises CallbackNotSendable, ValueNotSendable, and ConfigError that names the field.
         """
+        check_order(limits=limits, resources=resources, name=name, state=state)
         call = function if isinstance(function, PreparedCallable) else arguments.prepare(function)
         return self.submit_packed(
             call,
@@ -302,6 +317,12 @@ class ExecutorCore:
         )
 
     async def _run(self, execution: Execution) -> None:
+        try:
+            await self._run_in_turn(execution)
+        except Exception as error:  # noqa: BLE001 - it is in the log, and in the outcome that somebody waits for
+            execution.give_up(error)
+
+    async def _run_in_turn(self, execution: Execution) -> None:
         if execution.place is not None:
             await execution.run()
             return

@@ -188,7 +188,11 @@ class Execution:
     def _advance(self, state: TaskState) -> None:
         self._life.advance(state)
         if self._plan.on_state is not None:
-            self._plan.on_state(state)
+            try:
+                self._plan.on_state(state)
+            except Exception:
+                # The listener's fault must not cost the task its life, or its report.
+                logger.exception("a state could not be passed on", extra={"action": "state_listener_failed"})
 
     async def run(self) -> None:
         """Live the task's life. Called once, by the executor, when the task's turn has come."""
@@ -200,6 +204,11 @@ class Execution:
         except OSError as error:
             # No descriptors or no memory for them: this machine is full, which the report says.
             self._evidence.launcher_problem = f"cannot start a task: {error}"
+        except Exception as error:
+            # A mistake of this package: whoever waits for the task must hear of it, and the task must not go on.
+            logger.exception("a task could not be run", extra={"action": "task_not_run", "task_id": self.task_id})
+            self._evidence.launcher_problem = f"cannot run a task: {type(error).__name__}: {error}"
+            await ladder.sweep(self._tag)
         finally:
             try:
                 await self._tidy_up()
@@ -208,6 +217,15 @@ class Execution:
             finally:
                 self._evidence.wall_seconds = self._loop.time() - started_at
                 self._finish()
+
+    def give_up(self, error: Exception) -> None:
+        """Have the outcome say that running the task failed, unless there is one already. Called after `run`."""
+        if not self._outcome.done():
+            logger.error("a task has no report", exc_info=error, extra={"action": "no_report", "task_id": self.task_id})
+            # Without its limits and what else was seen of it: they may be what cannot be reported.
+            problem = f"cannot run a task: {type(error).__name__}: {error}"
+            bare = Evidence(task_id=self.task_id, name=self.name, launcher_problem=problem)
+            self._outcome.set_result(Outcome(report=make_report(bare)))
 
     async def _live(self) -> None:
         self._start()

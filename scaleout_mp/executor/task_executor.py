@@ -8,8 +8,9 @@ import threading
 import uuid
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from scaleout_mp.config import Surroundings
-from scaleout_mp.executor.core import PRELOAD, ExecutorCore
+from scaleout_mp.config import Limits, Resources, Surroundings
+from scaleout_mp.config.checks import require_kind
+from scaleout_mp.executor.core import PRELOAD, ExecutorCore, check_order
 from scaleout_mp.executor.record_queue import RecordQueue
 from scaleout_mp.executor.residents import IDLE_SECONDS
 from scaleout_mp.executor.states import MAX_STATE
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from scaleout_mp.config import Limits, Resources, Sandbox
+    from scaleout_mp.config import Sandbox
     from scaleout_mp.config.sandbox import LevelName
     from scaleout_mp.executor.execution import Execution
     from scaleout_mp.executor.plan import Outcome
@@ -174,7 +175,7 @@ class TaskExecutor:
             surroundings=Surroundings(
                 scratch_folder=scratch_folder,
                 working_directory=working_directory,
-                environment=environment or {},
+                environment={} if environment is None else environment,
                 pass_environment=pass_environment,
                 shield=shield,
             ),
@@ -214,8 +215,10 @@ class TaskExecutor:
 
         Arguments may be models, which are handed over without a copy, and whatever pickles. The callable returns
         models, numpy arrays, numbers, strings, and lists, tuples and dicts of them. Raises CallbackNotSendable,
-        which names the captured object, and ValueNotSendable, which names the argument.
+        which names the captured object, ValueNotSendable, which names the argument, and ConfigError, which names the
+        field.
         """
+        check_order(limits=limits, resources=resources, name=name, state=state)
         loop = self._open()
         # Pickled here: a large closure must not hold up the loop, and errors belong to the caller.
         call = arguments.prepare(function)
@@ -238,8 +241,8 @@ class TaskExecutor:
                         on_record=task._on_record,  # noqa: SLF001
                     )
                 )
-            except RuntimeError as error:
-                # Shut down from another thread in between.
+            except Exception as error:  # noqa: BLE001 - it is raised where the result is waited for
+                # Shut down from another thread in between, most likely.
                 task._refuse(error)  # noqa: SLF001
 
         # Nobody waits for it: a switch of threads here would cost a tenth of the task's start.
@@ -264,6 +267,8 @@ class TaskExecutor:
         process with state of its own. `idle_time` is the time without a task, in seconds or as "10m", after which one
         is ended; None: never. Raises ConfigError, CallbackNotSendable and ValueNotSendable.
         """
+        require_kind(Limits, limits=limits)
+        require_kind(Resources, resources=resources)
         options = WorkerOptions(name=name, processes=processes, idle_time=idle_time)
         made = Worker(self, options.spec(pack_set_up(set_up, args, kwargs)), limits, resources)
         with self._lock:

@@ -148,18 +148,17 @@ class TemplateLauncher:
         for future in (child.started, child.exited):
             # Whoever waits gets the error; when nobody does, it is not news.
             future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        # Before the template counts the child as its own: what cannot be said is never started.
+        frame = frames.encode(
+            Kind.START,
+            order.task_id,
+            order.call.key,
+            order.confinement.to_fields(),
+            descriptors=len(order.descriptors),
+        )
         life.children[order.task_id] = child
         send_callable(life.channel, life.keys, order.call)
-        life.channel.send(
-            frames.encode(
-                Kind.START,
-                order.task_id,
-                order.call.key,
-                order.confinement.to_fields(),
-                descriptors=len(order.descriptors),
-            ),
-            order.descriptors,
-        )
+        life.channel.send(frame, order.descriptors)
         return child
 
     # --- The process -----------------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ class GrpcEdgeClientRuntime(InferenceRuntime, RecordRuntime):
             surroundings=Surroundings(
                 scratch_folder=scratch_folder,
                 working_directory=working_directory,
-                environment=environment or {},
+                environment={} if environment is None else environment,
                 pass_environment=pass_environment,
                 shield=shield,
             ),

@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from scaleout_mp.config import Limits, Resources, Sandbox, Settings, Surroundings
+from scaleout_mp.config.checks import require_flag, require_kind
 from scaleout_mp.config.resources import parse_gpus, parse_memory_budget
 from scaleout_mp.config.sandbox import LevelName, as_sandbox
 from scaleout_mp.errors import ConfigError
@@ -80,6 +81,9 @@ class ClientOptions:
         if not others["goodbye_seconds"] >= 0:
             raise ConfigError(f"goodbye_seconds must be at least 0, not {others['goodbye_seconds']!r}")
         check_isolation(isolation)
+        require_flag("echo_output", others["echo_output"])
+        require_kind(Limits, limits=limits, inference_limits=inference_limits)
+        require_kind(Resources, resources=resources)
         options = cls(
             settings=settings,
             limits=limits or Limits(),

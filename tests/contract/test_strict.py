@@ -149,6 +149,7 @@ def test_network_when_it_is_declared(servers):
         ({"read": ["/no/such/folder"]}, "read names '/no/such/folder', which is not there"),
         ({"write": ["/no/such/folder"]}, "write names '/no/such/folder', which is not there"),
         ({"read": "/usr"}, "read must be a list of paths, not '/usr'"),
+        ({"read": 5}, "read must be a list of paths, not 5"),
         ({"write": [3]}, "write must be a list of paths; 3 is none"),
         ({"network": 1}, "network must be True or False, not 1"),
         ({"level": "auto", "network": True}, 'for level "strict"'),

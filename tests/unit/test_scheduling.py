@@ -306,13 +306,13 @@ def test_a_wrong_resource_names_its_field(field, value):
         Resources(**{field: value})
 
 
-@pytest.mark.parametrize("budget", ["much", 0.0, 1.5, -1, 0, "1KiB", True])
+@pytest.mark.parametrize("budget", ["much", 0.0, 1.5, -1, 0, "1KiB", True, "1" + "0" * 400, 2**61])
 def test_a_wrong_budget_names_its_field(budget):
     with pytest.raises(ConfigError, match="memory_budget"):
         parse_memory_budget(budget)
 
 
-@pytest.mark.parametrize("gpus", ["0", [0, "0"], [-1], [""], [1.5], ["0,1"], 2])
+@pytest.mark.parametrize("gpus", ["0", [0, "0"], [-1], [""], [1.5], ["0,1"], ["0\0"], ["\udc80"], 2])
 def test_wrong_gpus_are_refused(gpus):
     with pytest.raises(ConfigError, match="gpus"):
         parse_gpus(gpus)

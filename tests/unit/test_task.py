@@ -89,11 +89,46 @@ def test_memory_sizes(memory, expected):
         ("abort_grace", -1),
         ("abort_grace", None),
         ("abort_grace", "soon"),
+        ("memory", "1" + "0" * 400),
+        ("output_bytes", "1" + "0" * 400),
+        ("output_bytes", 10**30),
+        ("file_size", "1" + "0" * 320 + "k"),
+        ("scratch_size", "1" + "0" * 320 + "k"),
+        ("wall_time", 10**400),
+        ("wall_time", float("inf")),
+        ("wall_time", "1" + "0" * 400 + "s"),
+        ("cpu_time", float("inf")),
+        ("cpu_time", 1e30),
+        ("no_progress", 10**10),
+        ("abort_grace", float("inf")),
+        ("abort_grace", -(10**400)),
+        ("pids", 10**30),
+        ("open_files", 10**30),
+        ("threads", 10**30),
     ],
 )
 def test_wrong_limits_name_their_field(field, value):
     with pytest.raises(ConfigError, match=f"^{field} must be"):
         Limits(**{field: value})
+
+
+def test_a_wrong_limit_is_told_in_whole_numbers_and_briefly():
+    with pytest.raises(ConfigError, match=r"^memory must be at least 8388608 bytes \(8MiB\), not 1024$"):
+        Limits(memory="1KiB")
+    with pytest.raises(ConfigError, match=r"^pids must be at least 1, not 0$"):
+        Limits(pids=0)
+    for long in ("1" + "0" * 4000, 10**4000, 10**5000):
+        with pytest.raises(ConfigError) as caught:
+            Limits(memory=long)
+        assert len(str(caught.value)) < 200
+
+
+def test_the_largest_limits_are_taken():
+    largest = Limits(
+        memory=2**60, file_size=2**60, output_bytes="1048576TiB", wall_time=10**9, cpu_time=1e9, threads=2**31 - 1
+    )
+    assert largest.memory_bytes == largest.output_size == 2**60
+    assert largest.seconds("cpu_time") == 10**9
 
 
 def test_a_fraction_is_of_what_this_process_may_use():
