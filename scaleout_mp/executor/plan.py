@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import resource
 from typing import TYPE_CHECKING, Any
 
 from scaleout_mp.config.machine import wanted_threads
@@ -74,7 +75,7 @@ class ExecutionPlan:
             working_directory=self.start_folder(scratch),
             memory_group="" if group is None else group.procs,
             cpu_limit=0 if cpu_time is None else math.ceil(cpu_time),
-            open_files=limits.open_files or 0,
+            open_files=limits.open_files or _own_open_files(),
             file_size=None if limits.file_size is None else limits.file_size_bytes,
             threads=limits.threads or len(resources.affinity or ()) or wanted_threads(),
             nice=resources.nice,
@@ -83,3 +84,13 @@ class ExecutionPlan:
             progress_every=0.0 if no_progress is None else min(1.0, no_progress / 4),
             log_level=logging.getLogger().getEffectiveLevel(),
         )
+
+
+def _own_open_files() -> int:
+    """Return how many descriptors this process may have, 0 for any number.
+
+    A task may have as many, and not raise that by itself: what a process has under way to others of its user keeps
+    those from sending who may have fewer (unix(7)).
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 0 if soft == resource.RLIM_INFINITY else soft

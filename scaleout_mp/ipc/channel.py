@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import collections
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -25,8 +26,15 @@ if TYPE_CHECKING:
 READ_SIZE: Final = 1 << 16
 #: Records of a task that go through the socket before there is a ring: most tasks log little.
 _RECORDS_BEFORE_RING: Final = 4
+_RECORDS_BEFORE_NEXT_TRY: Final = 1000
 #: Seconds between two looks whether a full ring has room.
 _FULL: Final = 0.0005
+#: What the kernel says of a frame while it is short of memory, or while this user has as many descriptors in flight as
+#: the sender may have open (unix(7)): the same frame may pass later. The other end is as well as before.
+NOT_NOW: Final = frozenset({errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM})
+#: Seconds between two tries, and for which a frame is tried at most.
+TRY_EVERY: Final = 0.05
+TRY_FOR: Final = 10.0
 _BELL: Final = encode(Kind.BELL)
 _ANCILLARY: Final = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
 
@@ -124,18 +132,31 @@ class ChildChannel:
         """The socket's descriptor."""
         return self._sock.fileno()
 
-    def send(self, frame: bytes, descriptors: Sequence[int] = ()) -> None:
+    def send(self, frame: bytes, descriptors: Sequence[int] = (), *, try_for: float = TRY_FOR) -> None:
         """Return once the whole frame is in the socket: it is delivered even if this process dies right after.
 
-        Raises ChannelError when the supervisor is gone.
+        Tries for `try_for` seconds where the kernel refuses it for now. Raises
+        ChannelError when that lasts, and when the supervisor is gone.
         """
         try:
             with self._lock:
-                sent = send_now(self._sock, frame, descriptors)
+                sent = self._begin(frame, descriptors, try_for)
                 if sent < len(frame):
                     self._sock.sendall(memoryview(frame)[sent:])
         except OSError as error:
-            raise ChannelError(f"the supervisor is gone: {error}") from error
+            raise _failed(error) from error
+
+    def _begin(self, frame: bytes, descriptors: Sequence[int], try_for: float) -> int:
+        deadline = 0.0
+        while True:
+            try:
+                return send_now(self._sock, frame, descriptors)
+            except OSError as error:
+                deadline = deadline or time.monotonic() + try_for
+                if error.errno not in NOT_NOW or time.monotonic() >= deadline:
+                    raise
+            # It has no event to wait for: some other process has to receive.
+            time.sleep(TRY_EVERY)
 
     def record(self, kind: Kind, *fields: Any) -> bool:
         """Send a record: what `send` promises of a frame, at a fraction of its cost once a task logs a lot.
@@ -175,7 +196,7 @@ class ChildChannel:
         try:
             self._sock.sendall(_BELL)
         except OSError as error:
-            raise ChannelError(f"the supervisor is gone: {error}") from error
+            raise _failed(error) from error
 
     def _open_ring(self) -> bool:
         """Return whether there is a ring now."""
@@ -189,13 +210,16 @@ class ChildChannel:
                 ring = RingWriter()
             except OSError:
                 # Out of descriptors, or no file may be so large: the socket does it as well. Asked again later.
-                self._before_ring = 1000
+                self._before_ring = _RECORDS_BEFORE_NEXT_TRY
                 return False
             try:
                 send_now(self._sock, encode(Kind.RING, descriptors=1), [ring.descriptor])
             except OSError as error:
                 ring.close()
-                raise ChannelError(f"the supervisor is gone: {error}") from error
+                if error.errno not in NOT_NOW:
+                    raise _failed(error) from error
+                self._before_ring = _RECORDS_BEFORE_NEXT_TRY
+                return False
             finally:
                 ring.close_descriptor()
             self._ring = ring
@@ -245,6 +269,17 @@ class ChildChannel:
         ring, self._ring = self._ring, None
         if ring is not None:
             ring.close()
+
+
+def refusal(error: OSError) -> str:
+    """Say why a frame could not be sent, of an error in `NOT_NOW`."""
+    if error.errno == errno.ETOOMANYREFS:
+        return f"processes of this user have too many descriptors under way to each other: {error}"
+    return f"the kernel takes no more messages: {error}"
+
+
+def _failed(error: OSError) -> ChannelError:
+    return ChannelError(refusal(error) if error.errno in NOT_NOW else f"the supervisor is gone: {error}")
 
 
 def channel_pair() -> tuple[socket.socket, socket.socket]:

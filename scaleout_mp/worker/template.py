@@ -292,10 +292,12 @@ class Template:
             return None
         try:
             spare.orders.send(
-                frames.encode(frame.kind, *frame.fields, descriptors=len(frame.descriptors)), frame.descriptors
+                frames.encode(frame.kind, *frame.fields, descriptors=len(frame.descriptors)),
+                frame.descriptors,
+                try_for=0,
             )
         except ChannelError:
-            # Somebody killed it.
+            # Somebody killed it, or the kernel lets nothing pass now: a fork needs no descriptors sent.
             return None
         finally:
             spare.orders.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -445,6 +446,18 @@ def test_the_size_of_a_file(executor, tmp_path):
     report = executor.submit(programs.write_file, str(tmp_path / "b"), MIB + 1, limits=limits).report(20)
     assert report.reason is EndReason.FILE_SIZE
     assert (tmp_path / "b").stat().st_size == MIB
+
+
+def test_a_task_may_have_as_many_open_files_as_this_process_and_cannot_raise_it(executor):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lower = min(soft, 512)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lower, hard))
+    try:
+        assert executor.submit(resource.getrlimit, resource.RLIMIT_NOFILE).result(20) == (lower, lower)
+        asked = executor.submit(resource.getrlimit, resource.RLIMIT_NOFILE, limits=Limits(open_files=soft))
+        assert asked.result(20) == (soft, soft)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_open_files(executor):
