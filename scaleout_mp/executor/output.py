@@ -19,8 +19,17 @@ if TYPE_CHECKING:
 _READ: Final = 1 << 16
 #: Pieces of output and log lines that wait for a slow terminal before more are dropped.
 _MOST_WAITING: Final = 10_000
-#: Characters of them.
+#: Bytes of them.
 _MOST_WAITING_SIZE: Final = 1 << 23
+#: Characters of a logger's name that are kept, and how many names with dots between them are looked up in it.
+_MOST_NAME: Final = 256
+_MOST_PARTS: Final = 32
+_NO_TEXT: Final = sys.getsizeof("")
+
+
+def text_size(text: str) -> int:
+    """Return the bytes that a text takes in memory beyond those of an empty one: one to four for each character."""
+    return sys.getsizeof(text) - _NO_TEXT
 
 
 class OutputRelay:
@@ -39,13 +48,14 @@ class OutputRelay:
 
     def echo(self, stream: str, text: str) -> None:
         """Write text to `sys.stdout` or `sys.stderr`, whatever that is at that moment."""
-        self._put(lambda: _write(getattr(sys, stream), text), len(text))
+        self._put(lambda: _write(getattr(sys, stream), text), text_size(text))
 
     def log(self, line: LogLine) -> None:
-        """Hand a record to the logger of the same name in this process."""
-        target = logging.getLogger(line.logger)
-        if target.isEnabledFor(line.level):
-            self._put(lambda: _handle(target, line), len(line.message))
+        """Hand a record to the logger of the same name in this process, or to the nearest above it that there is."""
+        name = line.logger[:_MOST_NAME]
+        target = _nearest_logger(name)
+        if _is_enabled(target, name, line.level):
+            self._put(lambda: _handle(target, name, line), text_size(line.message))
 
     def _put(self, action: Callable[[], None], size: int) -> None:
         if self._thread is None:
@@ -96,10 +106,37 @@ def _write(stream: TextIO | None, text: str) -> None:
         stream.flush()
 
 
-def _handle(target: logging.Logger, line: LogLine) -> None:
-    record = target.makeRecord(line.logger, line.level, "(task)", 0, line.message, (), None)
+def _nearest_logger(name: str) -> logging.Logger:
+    """Return the logger of that name, or the one that would be its parent.
+
+    None is made: it would stay for ever, and a task may think of any number of names.
+    """
+    known = logging.Logger.manager.loggerDict
+    parts = name.split(".", _MOST_PARTS)[:_MOST_PARTS]
+    while parts:
+        # Else a placeholder, which stands for a part of others' names only.
+        found = known.get(".".join(parts))
+        if isinstance(found, logging.Logger):
+            return found
+        parts.pop()
+    return logging.getLogger()
+
+
+def _is_enabled(target: logging.Logger, name: str, level: int) -> bool:
+    if target.name == name:
+        return target.isEnabledFor(level)
+    # As a child of it would say, which has no level of its own and is not disabled with it.
+    return level > target.manager.disable and level >= target.getEffectiveLevel()
+
+
+def _handle(target: logging.Logger, name: str, line: LogLine) -> None:
+    record = target.makeRecord(name, line.level, "(task)", 0, line.message, (), None)
     record.created = line.timestamp
-    target.handle(record)
+    if target.name == name:
+        target.handle(record)
+    else:
+        # A logger's own filters are not for what comes from below it, its handlers are.
+        target.callHandlers(record)
 
 
 class OutputTail:

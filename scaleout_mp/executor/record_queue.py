@@ -7,10 +7,11 @@ import queue
 import threading
 from typing import TYPE_CHECKING, Final
 
+from scaleout_mp.executor.output import text_size
 from scaleout_mp.task import AttributesRecord, InferenceRecord, LogLine, MetricRecord, Record, TelemetryRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +75,18 @@ class RecordQueue:
 
 def _size(record: Record) -> int:
     match record:
-        case MetricRecord(metrics=values) | TelemetryRecord(telemetry=values):
-            return _RECORD + sum(_ENTRY + len(name) for name in values)
+        case MetricRecord(metrics=values, context=context):
+            ids = () if context is None else (context.model_id, context.round_id, context.session_id)
+            return _RECORD + _numbers_size(values) + sum(text_size(part) for part in ids if part is not None)
+        case TelemetryRecord(telemetry=values):
+            return _RECORD + _numbers_size(values)
         case AttributesRecord(attributes=texts):
-            return _RECORD + sum(_ENTRY + len(name) + len(text) for name, text in texts.items())
-        case InferenceRecord(payload=payload):
-            return _RECORD + len(payload)
-        case LogLine(message=message):
-            return _RECORD + len(message)
+            return _RECORD + sum(_ENTRY + text_size(name) + text_size(text) for name, text in texts.items())
+        case InferenceRecord(key=key, payload=payload, inference_id=inference_id, model_id=model_id):
+            return _RECORD + sum(map(text_size, (key, payload, inference_id, model_id)))
+        case LogLine(logger=name, message=message):
+            return _RECORD + text_size(name) + text_size(message)
+
+
+def _numbers_size(values: Mapping[str, float]) -> int:
+    return sum(_ENTRY + text_size(name) for name in values)
