@@ -14,6 +14,10 @@ _EXTRAS = {"demo": "demo", "localnet": "cli,localnet"}
 
 def main() -> int:
     """Run the command line and return its exit code."""
+    if sys.stdout is None or sys.stderr is None:
+        from scaleout_mp.executor.standard import replace_missing
+
+        replace_missing()
     if importlib.util.find_spec("click") is None:
         extra = _EXTRAS.get(next((argument for argument in sys.argv[1:] if not argument.startswith("-")), ""), "cli")
         sys.stderr.write(f'scaleout-mp needs the extra "{extra}": pip install "scaleout-mp[{extra}]"\n')

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from scaleout_mp.config import Limits, Resources, Surroundings
 from scaleout_mp.config.checks import require_kind
+from scaleout_mp.executor import standard
 from scaleout_mp.executor.core import PRELOAD, ExecutorCore, check_order
 from scaleout_mp.executor.record_queue import RecordQueue
 from scaleout_mp.executor.residents import IDLE_SECONDS
@@ -337,6 +338,8 @@ class TaskExecutor:
             if self._closed:
                 raise RuntimeError("the executor is shut down")
             if self._thread is None:
+                # Before the event loop's own descriptors.
+                standard.fill_missing()
                 ready: concurrent.futures.Future[None] = concurrent.futures.Future()
                 self._thread = threading.Thread(target=self._run, args=(ready,), name="scaleout-executor", daemon=True)
                 self._thread.start()

@@ -15,6 +15,7 @@ import scaleout_mp
 from scaleout_mp.config import Sandbox
 from scaleout_mp.config.machine import THREAD_VARIABLES, wanted_threads
 from scaleout_mp.errors import LauncherError, ProtocolViolation
+from scaleout_mp.executor import standard
 from scaleout_mp.executor.interpreter import Interpreter
 from scaleout_mp.executor.launcher import Child, Exited, Started, StartOrder
 from scaleout_mp.executor.lookout import LookoutLine
@@ -168,6 +169,8 @@ class TemplateLauncher:
             return self._life
         place = self._place()
         interpreter = self._interpreter
+        # Before any descriptor for the child: none of them may be one of its standard ones.
+        standard.fill_missing()
         ours, theirs = channel_pair()
         lookout, their_lookout = channel_pair()
         with theirs, their_lookout:
@@ -184,6 +187,8 @@ class TemplateLauncher:
                 ],
                 pass_fds=[their_lookout.fileno()],
                 stdin=theirs.fileno(),
+                stdout=standard.for_child(1),
+                stderr=standard.for_child(2),
                 env=_template_environment(place.environment, interpreter),
                 # Out of reach of what a terminal, or `timeout`, sends to a process group.
                 start_new_session=True,

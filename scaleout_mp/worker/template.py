@@ -230,8 +230,11 @@ class Template:
     def _fork(self, order: Callable[[], Frame | None]) -> int:
         """Fork a process for the task that `order`, called in the child, returns; None: there is none."""
         for stream in (sys.stdout, sys.stderr):
-            # What the user's imports printed would be printed again by every child.
-            stream.flush()
+            # What the user's imports printed would be printed again by every child. Some programs have no such stream
+            # or have closed it, and the disk or pipe behind it may take no more: that is no reason to run no task.
+            if stream is not None:
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
         pid = os.fork()
         if pid:
             return pid
