@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import array
+import asyncio
 import contextlib
+import logging
 import os
 import resource
 import socket
@@ -12,9 +14,10 @@ import threading
 import pytest
 
 from scaleout_mp.errors import ChannelError
-from scaleout_mp.ipc import frames
-from scaleout_mp.ipc.channel import ChildChannel, channel_pair
+from scaleout_mp.ipc import frames, outgoing
+from scaleout_mp.ipc.channel import TRY_EVERY, ChildChannel, channel_pair, close_all
 from scaleout_mp.ipc.frames import Kind
+from scaleout_mp.ipc.loop_channel import SupervisorChannel
 from scaleout_mp.sandbox import capabilities
 
 #: Descriptors that this process may have: those of other processes are not refused.
@@ -63,6 +66,71 @@ def record_meanwhile():
         assert len(frame.descriptors) == 1
         os.close(frame.descriptors[0])
         timer.join()
+
+
+def start_meanwhile():
+    """What the supervisor sends waits, is withdrawn by its name, and arrives when there is room."""
+    asyncio.run(_start_meanwhile())
+
+
+async def _start_meanwhile():
+    ours, theirs = channel_pair()
+    child = ChildChannel(theirs)
+    supervisor = SupervisorChannel(ours, on_frame=lambda _: None, on_closed=lambda _: None)
+    refused = []
+
+    def send(name):
+        with open(os.devnull) as file:
+            frame = frames.encode(Kind.START, name, descriptors=1)
+            supervisor.send(
+                frame, [file.fileno()], name=name, on_refused=lambda problem: refused.append((name, problem))
+            )
+
+    before = sorted(os.listdir("/proc/self/fd"))
+    with too_many_in_flight() as parked, collected_warnings() as warned:
+        for name in ("first", "second", "third"):
+            send(name)
+        supervisor.send(frames.encode(Kind.ABORT, "last"))
+        assert supervisor.withdraw("second")
+        assert not supervisor.withdraw("nobody")
+        assert [name for name, _ in refused] == ["second"]
+        assert "too many descriptors under way" in refused[0][1]
+        # Tried again, several times.
+        await asyncio.sleep(4 * TRY_EVERY)
+        assert not child.waitreadable(0)
+        release(parked)
+        received = [await asyncio.to_thread(child.receive) for _ in range(3)]
+        assert [frame.fields[0] for frame in received] == ["first", "third", "last"]
+        for frame in received[:2]:
+            close_all(frame.descriptors)
+        assert sorted(os.listdir("/proc/self/fd")) == before
+        assert len(warned) == 1
+        assert len(refused) == 1
+        await _give_up(send, refused)
+    supervisor.close()
+    child.close()
+
+
+async def _give_up(send, refused):
+    """In the end the kernel's refusal is told to who sent the frame."""
+    outgoing.TRY_FOR = 0.2
+    parked = park(_MOST + 1)
+    send("late")
+    async with asyncio.timeout(10):
+        while len(refused) < 2:  # noqa: ASYNC110 - nothing there could set an event
+            await asyncio.sleep(0.01)
+    assert refused[1][0] == "late"
+    release(parked)
+
+
+@contextlib.contextmanager
+def collected_warnings():
+    warned = []
+    handler = logging.Handler()
+    handler.emit = warned.append
+    logging.getLogger("scaleout_mp").addHandler(handler)
+    yield warned
+    logging.getLogger("scaleout_mp").removeHandler(handler)
 
 
 if __name__ == "__main__":

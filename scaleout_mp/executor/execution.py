@@ -286,8 +286,13 @@ class Execution:
         state, memory = (None, ()) if slot is None else slot.fields()
         descriptors = [*packed.descriptors, *memory]
         lines.channel.send(
-            frames.encode(Kind.TASK, self.task_id, packed.table, state, descriptors=len(descriptors)), descriptors
+            frames.encode(Kind.TASK, self.task_id, packed.table, state, descriptors=len(descriptors)),
+            descriptors,
+            on_refused=self._on_task_refused,
         )
+
+    def _on_task_refused(self, problem: str) -> None:
+        self._stop(StopCause(reason=EndReason.REFUSED, message=f"cannot hand over its arguments: {problem}"), grace=0)
 
     def _confinement(self) -> Confinement:
         plan = self._plan

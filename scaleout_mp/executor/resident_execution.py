@@ -213,6 +213,7 @@ class ResidentExecution(Execution):
                 descriptors=len(packed.descriptors),
             ),
             packed.descriptors,
+            on_refused=self._on_task_refused,
         )
 
     def _confinement(self) -> Confinement:

@@ -313,10 +313,13 @@ class TemplateLauncher:
         logger.error("%s; the next task starts a new one", problem, extra={"action": "template_died"})
 
     def abandon(self, task_id: str) -> None:
-        """End a template that hangs in user code while it loads a callback."""
+        """Give up a start: end a template that hangs in user code while it loads a callback."""
         lives = [*self._retired, *filter(None, [self._life])]
         life = next((life for life in lives if task_id in life.children), None)
         if life is None or life.children[task_id].started.done():
+            return
+        if life.channel.withdraw(task_id):
+            # The template knows nothing of it.
             return
         life.abandoned = True
         # The guardian sees it, whatever the template is at.

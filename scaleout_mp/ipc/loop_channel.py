@@ -8,14 +8,14 @@ import collections
 import contextlib
 import fcntl
 import logging
-import os
 import socket
 import termios
 from typing import TYPE_CHECKING
 
 from scaleout_mp.errors import ProtocolViolation
 from scaleout_mp.ipc.aside import close_aside
-from scaleout_mp.ipc.channel import Kind, Receiver, close_all, readable, send_now
+from scaleout_mp.ipc.channel import Kind, Receiver, close_all, readable
+from scaleout_mp.ipc.outgoing import Outgoing
 from scaleout_mp.ipc.ring_inbox import RingInbox
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ class SupervisorChannel:
         self._on_closed = on_closed
         self._receiver = Receiver(sock, only_memory=True)
         self._loop = asyncio.get_running_loop()
-        self._queue: collections.deque[tuple[memoryview, list[int]]] = collections.deque()
         self._open = True
         self._inbox = RingInbox(self._loop, self._pass_on_records)
+        self._outgoing = Outgoing(sock, self._loop, self._inbox.tell_of_mail)
         self._loop.add_reader(sock.fileno(), self._read)
 
     def serve(self, on_frame: Callable[[Frame], None], on_closed: Callable[[ProtocolViolation | None], None]) -> None:
@@ -62,46 +62,25 @@ class SupervisorChannel:
         """Whether frames can still arrive."""
         return self._open
 
-    def send(self, frame: bytes, descriptors: Sequence[int] = ()) -> None:
+    def send(
+        self,
+        frame: bytes,
+        descriptors: Sequence[int] = (),
+        *,
+        name: str = "",
+        on_refused: Callable[[str], None] | None = None,
+    ) -> None:
         """Queue a frame. The descriptors are duplicated, so the caller may close its own at once.
 
-        Does nothing on a closed channel: its reader was told already.
+        `name` and `on_refused` are those of `Outgoing.send`. Does nothing on a closed channel: its reader was told
+        already.
         """
-        if not self._open:
-            return
-        view = memoryview(frame)
-        if not self._queue:
-            sent = self._try_send(view, descriptors)
-            if sent is None or sent == len(view):
-                return
-            view, descriptors = view[sent:], [] if sent else descriptors
-            self._loop.add_writer(self._sock.fileno(), self._write)
-        self._queue.append((view, [os.dup(descriptor) for descriptor in descriptors]))
+        if self._open:
+            self._outgoing.send(frame, descriptors, name=name, on_refused=on_refused)
 
-    def _try_send(self, view: memoryview, descriptors: Sequence[int]) -> int | None:
-        try:
-            sent = send_now(self._sock, view, descriptors)
-            self._inbox.tell_of_mail()
-            return sent
-        except BlockingIOError:
-            return 0
-        except OSError:
-            # The peer is gone; reading reports it after what it still sent.
-            return None
-
-    def _write(self) -> None:
-        while self._queue:
-            view, descriptors = self._queue[0]
-            sent = self._try_send(view, descriptors)
-            if sent == 0:
-                return
-            if sent is not None and sent < len(view):
-                close_all(descriptors)
-                self._queue[0] = (view[sent:], [])
-                return
-            close_all(descriptors)
-            self._queue.popleft()
-        self._loop.remove_writer(self._sock.fileno())
+    def withdraw(self, name: str) -> bool:
+        """Take back a frame that waits because the kernel refuses it; return whether there was one."""
+        return self._outgoing.withdraw(name)
 
     def _read(self) -> None:
         try:
@@ -177,10 +156,7 @@ class SupervisorChannel:
                 violation = last
         self._inbox.close()
         self._loop.remove_reader(self._sock.fileno())
-        self._loop.remove_writer(self._sock.fileno())
-        for _, descriptors in self._queue:
-            close_all(descriptors)
-        self._queue.clear()
+        self._outgoing.close()
         self._receiver.close()
         # A fork of this process may hold a copy: closing ours alone would tell the other end nothing.
         with contextlib.suppress(OSError):

@@ -10,7 +10,7 @@ import in_flight
 import pytest
 
 
-@pytest.mark.parametrize("program", ["record_meanwhile"])
+@pytest.mark.parametrize("program", ["record_meanwhile", "start_meanwhile"])
 def test_frames_wait_until_there_is_room(program):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
