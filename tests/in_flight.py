@@ -10,25 +10,34 @@ import os
 import resource
 import socket
 import threading
+import time
 
 import pytest
+from observing import wait_until
 
+from scaleout_mp import EndReason, Limits, TaskExecutor
 from scaleout_mp.errors import ChannelError
 from scaleout_mp.ipc import frames, outgoing
 from scaleout_mp.ipc.channel import TRY_EVERY, ChildChannel, channel_pair, close_all
 from scaleout_mp.ipc.frames import Kind
 from scaleout_mp.ipc.loop_channel import SupervisorChannel
 from scaleout_mp.sandbox import capabilities
+from scaleout_mp.task import TaskState
 
 #: Descriptors that this process may have: those of other processes are not refused.
 _MOST = 200
 
 
-@contextlib.contextmanager
-def too_many_in_flight():
-    """Have more descriptors under way than this process may have, so that it cannot send another."""
+def few_descriptors(hard=_MOST):
+    """Have few open files, and no privilege to have more under way."""
     capabilities.keep(capabilities.OF_TRAINING)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (_MOST, _MOST))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_MOST, hard))
+
+
+@contextlib.contextmanager
+def too_many_in_flight(hard=_MOST):
+    """Have more descriptors under way than this process may have, so that it cannot send another."""
+    few_descriptors(hard)
     parked = park(_MOST + 1)
     with contextlib.closing(parked[0]), contextlib.closing(parked[1]):
         yield parked
@@ -109,6 +118,51 @@ async def _start_meanwhile():
         await _give_up(send, refused)
     supervisor.close()
     child.close()
+
+
+def start_all_the_same():
+    """A supervisor that could have more open files than its tasks is not held up, and its limit stays as it is."""
+    asyncio.run(_start_all_the_same())
+
+
+async def _start_all_the_same():
+    ours, theirs = channel_pair()
+    child = ChildChannel(theirs)
+    supervisor = SupervisorChannel(ours, on_frame=lambda _: None, on_closed=lambda _: None)
+    with too_many_in_flight(hard=2 * _MOST):
+        with pytest.raises(ChannelError, match="too many descriptors under way"):
+            child.send(frames.encode(Kind.RESULT, descriptors=1), [0], try_for=0)
+        supervisor.send(frames.encode(Kind.START, descriptors=1), [0])
+        assert child.waitreadable(0)
+        close_all(child.receive().descriptors)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (_MOST, 2 * _MOST)
+    supervisor.close()
+    child.close()
+
+
+def run_tasks_meanwhile():
+    """Starts are reported with the reason, taken back when they are aborted, and cost the other tasks nothing."""
+    outgoing.TRY_FOR = 1.5
+    few_descriptors()
+    with TaskExecutor(echo_output=False, limits=Limits(abort_grace=0)) as executor:
+        template = executor.submit(os.getppid).result(20)
+        running = executor.submit(time.sleep, 100)
+        wait_until(lambda: running.state is TaskState.RUNNING, what="the task runs")
+        parked = park(_MOST + 1)
+        report = executor.submit(os.getppid).report(20)
+        assert report.reason is EndReason.REFUSED, report.explain()
+        assert "cannot start a process: processes of this user have too many descriptors" in report.message
+        aborted = executor.submit(os.getppid)
+        wait_until(lambda: aborted.state is TaskState.STARTING, what="the task starts")
+        aborted.abort()
+        assert aborted.report(20).reason is EndReason.INTERRUPTED_BY_CLIENT
+        waits = executor.submit(os.getppid)
+        wait_until(lambda: waits.state is TaskState.STARTING, what="the task starts")
+        release(parked)
+        assert waits.result(20) == template
+        assert running.state is TaskState.RUNNING
+        running.abort()
+        running.report(20)
 
 
 async def _give_up(send, refused):

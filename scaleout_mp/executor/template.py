@@ -159,7 +159,12 @@ class TemplateLauncher:
         )
         life.children[order.task_id] = child
         send_callable(life.channel, life.keys, order.call)
-        life.channel.send(frame, order.descriptors)
+        life.channel.send(
+            frame,
+            order.descriptors,
+            name=order.task_id,
+            on_refused=lambda problem: self._on_not_started(life, order.task_id, f"cannot start a process: {problem}"),
+        )
         return child
 
     # --- The process -----------------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import errno
 import logging
 import os
+import resource
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from scaleout_mp.ipc.channel import NOT_NOW, TRY_EVERY, TRY_FOR, close_all, refusal, send_now
@@ -80,7 +82,7 @@ class Outgoing:
     def _try(self, view: memoryview, descriptors: Sequence[int]) -> int | None:
         """Return how many bytes went; None: the other end is gone, which reading reports after what it still sent."""
         try:
-            sent = send_now(self._sock, view, descriptors)
+            sent = self._send(view, descriptors)
         except BlockingIOError:
             self._refusal = None
             return 0
@@ -92,6 +94,25 @@ class Outgoing:
         self._refusal = None
         self._on_sent()
         return sent
+
+    def _send(self, view: memoryview, descriptors: Sequence[int]) -> int:
+        try:
+            return send_now(self._sock, view, descriptors)
+        except OSError as error:
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if error.errno != errno.ETOOMANYREFS or soft == hard:
+                raise
+            refused = error
+        # Tasks cannot have as many open files as this process could: what they use up is not all of it. For a moment
+        # only: programs use select(2), and what they start inherits the limit.
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError):
+            raise refused from None
+        try:
+            return send_now(self._sock, view, descriptors)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
     def _note(self, error: OSError) -> None:
         now = self._loop.time()
