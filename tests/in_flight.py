@@ -5,6 +5,8 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import errno
+import fcntl
 import logging
 import os
 import resource
@@ -46,10 +48,22 @@ def too_many_in_flight(hard=_MOST):
 def park(count):
     """Send that many descriptors to nobody, and return both ends."""
     ends = socket.socketpair()
-    for size in [100] * (count // 100) + [count % 100]:
-        rights = array.array("i", [ends[0].fileno()] * size)
-        ends[0].sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+    # No socket: of those that are sent through themselves the kernel takes its time to get rid.
+    with open(os.devnull) as file:
+        for size in [100] * (count // 100) + [count % 100]:
+            rights = array.array("i", [file.fileno()] * size)
+            wait_until(lambda rights=rights: _sent(ends[0], rights), what="no other process has as many under way")
     return ends
+
+
+def _sent(end, rights):
+    try:
+        end.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+    except OSError as error:
+        if error.errno != errno.ETOOMANYREFS:
+            raise
+        return False
+    return True
 
 
 def release(ends):
@@ -190,4 +204,7 @@ def collected_warnings():
 if __name__ == "__main__":
     import sys
 
-    globals()[sys.argv[1]]()
+    with open(__file__) as lock:
+        # The count is one for all processes of a user.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        globals()[sys.argv[1]]()
