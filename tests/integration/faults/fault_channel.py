@@ -10,7 +10,7 @@ import struct
 import time
 
 import msgpack
-from fault_catalogue import fault, say_ready
+from fault_catalogue import fault
 
 from scaleout_mp import EndReason, Limits, current_task
 
@@ -332,11 +332,16 @@ def _flood(descriptors, data):
     time.sleep(1_000)
 
 
+def _memory():
+    """Return a descriptor of the only kind that may come at all."""
+    return os.memfd_create("fault", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+
+
 @fault(PROTOCOL, says="descriptors came that no frame announced")
 def descriptors_that_no_frame_announces(_):
     # Each beside a byte of a frame that never becomes whole.
     _write(struct.pack("<I", 1 << 20))
-    _flood([0] * 60, b"\0")
+    _flood([_memory()] * 60, b"\0")
 
 
 @fault(PROTOCOL)
@@ -346,7 +351,7 @@ def two_hundred_descriptors_at_once(_):
 
 @fault(PROTOCOL, says="came with descriptors")
 def a_metric_with_descriptors(_):
-    _pass([0, 1, 2], _frame(METRIC, 3, {"x": 1.0}, 1, None, 1.0))
+    _pass([_memory()] * 3, _frame(METRIC, 3, {"x": 1.0}, 1, None, 1.0))
     time.sleep(1_000)
 
 
@@ -363,9 +368,6 @@ def the_channel_through_the_channel(_):
     time.sleep(1_000)
 
 
-@fault(COMPLETED, returns="done")
+@fault(PROTOCOL, says="a PROGRESS frame came with descriptors")
 def progress_with_descriptors(_):
-    for _ in range(50):
-        _pass([0] * 60, _frame(PROGRESS, 60))
-    say_ready()
-    return "done"
+    _flood([_memory()] * 60, _frame(PROGRESS, 60))
