@@ -305,7 +305,7 @@ def test_a_combiner_that_is_down_at_the_start_is_waited_for(net, caplog):
     client = EdgeClient(runtime=runtime())
     _, options = client.connect_to_api(net.api_url, {"name": "n"})
     net.stop_combiner()
-    with WhenLogged("Announce failed", net.restart_combiner) as handler:
+    with WhenLogged("UNAVAILABLE", net.restart_combiner) as handler:
         assert client.init_grpchandler(options) is True
     assert handler.thread is not None
     assert "trying again in" in caplog.text
@@ -316,7 +316,7 @@ def test_a_run_whose_combiner_is_down_can_be_stopped(net):
     _, options = client.connect_to_api(net.api_url, {"name": "n"})
     assert client.init_grpchandler(options)
     net.stop_combiner()
-    with WhenLogged("Announce failed", client._runtime.stop):
+    with WhenLogged("UNAVAILABLE", client._runtime.stop):
         before = time.monotonic()
         client.run()
     assert time.monotonic() - before < 5

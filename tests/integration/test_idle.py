@@ -61,7 +61,7 @@ def test_an_idle_client_is_small_and_quiet(idle):
     assert sum(pss(process.pid) for process in processes) < 80_000_000
     # As it would be where nothing else runs Python.
     alone = memory_if_alone([process.pid for process in processes])
-    assert alone < 80 * MIB, f"{alone / MIB:.1f} MiB"
+    assert alone < 90 * MIB, f"{alone / MIB:.1f} MiB"
     before, started = seconds_used(processes), time.monotonic()
     after_heartbeats(net, 3)
     used = (seconds_used(processes) - before) / (time.monotonic() - started)
