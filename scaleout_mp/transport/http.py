@@ -228,7 +228,7 @@ def _tls_advice(where: str, cause: str) -> str:
 def _decoded(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -7,6 +7,7 @@ import binascii
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 REFRESH_MARGIN: Final = 30.0
 #: Seconds that a token lives when neither its claims nor the answer say so.
 DEFAULT_LIFETIME: Final = 3600.0
+#: Seconds that a token lives at most, as far as the client is concerned: a date must come of it. Some never expire, and
+#: some servers say milliseconds.
+_LONGEST: Final = 10 * 365 * 86400.0
 
 REFRESH: Final = "api/auth/refresh"
 CLIENT_REFRESH: Final = "api/v1/clients/token"
@@ -43,7 +47,7 @@ def claims(token: str) -> dict[str, Any]:
         return {}
     try:
         body = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
-    except (binascii.Error, ValueError):
+    except (binascii.Error, ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
 
@@ -111,7 +115,8 @@ class TokenApi:
 
     def _token_set(self, body: Mapping[str, Any], *, refresh: str, client_id: str) -> TokenSet:
         now = self._clock()
-        access = str(body.get("access_token") or body.get("access"))
+        access = _access(body)
+        assert access is not None
         said = claims(access)
         expiry, issued, lives = _number(said.get("exp")), _number(said.get("iat")), _number(body.get("expires_in"))
         if expiry is not None and expiry <= now:
@@ -123,9 +128,8 @@ class TokenApi:
             # Else it would be replaced at every call.
             lives, expiry = (expiry - issued if issued is not None else lives), None
         ends = now + (lives if lives is not None else DEFAULT_LIFETIME) if expiry is None else expiry
-        return TokenSet(
-            access=access, refresh=refresh, obtained_at=now, expires_at=max(ends, now + 1), client_id=client_id
-        )
+        ends = min(max(ends, now + 1), now + _LONGEST)
+        return TokenSet(access=access, refresh=refresh, obtained_at=now, expires_at=ends, client_id=client_id)
 
 
 def _granted(url: str, answer: Answer, what: str) -> Mapping[str, Any]:
@@ -138,10 +142,27 @@ def _granted(url: str, answer: Answer, what: str) -> Mapping[str, Any]:
     if answer.status == 404:
         raise WrongAddressError(f"there is no Scaleout API at {url}: it answered 404; is the API's URL right?")
     body = answer.body if isinstance(answer.body, Mapping) else {}
-    if not 200 <= answer.status < 300 or not isinstance(body.get("access_token") or body.get("access"), str):
+    if not 200 <= answer.status < 300 or _access(body) is None:
         raise TransportError(f"{url} answered {answer.status} and no access token: is the API's URL right?")
     return body
 
 
+def _access(body: Mapping[str, Any]) -> str | None:
+    """Return the access token of an answer; None when there is none that a header can carry."""
+    given = body.get("access_token") or body.get("access")
+    return given if isinstance(given, str) and is_token(given) else None
+
+
+def is_token(text: str) -> bool:
+    """Whether a text has only what tokens, and the headers that carry them, have."""
+    return bool(text) and text.isascii() and text.isprintable() and " " not in text
+
+
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None

@@ -7,12 +7,13 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.errors import ApiUnavailableError
-from scaleout_mp.transport.token_api import TokenSet
+from scaleout_mp.transport.token_api import TokenSet, is_token
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -98,23 +99,30 @@ class TokenCache:
         except OSError as error:
             self._warn(error)
             return None
-        with open(fd, "rb") as file:
-            status = os.fstat(fd)
-            if status.st_uid != os.geteuid():
-                self._ignore("it belongs to another user")
-                return None
-            if status.st_mode & 0o077:
-                logger.warning(
-                    "the kept token %s could be read by others; not any more",
-                    self.path,
-                    extra={"action": "token_cache_open"},
-                )
+        try:
+            return self._read_own(fd)
+        except OSError as error:
+            # A folder in the file's place, or a disk that fails.
+            self._ignore(f"it cannot be read ({error.strerror})")
+            return None
+        finally:
+            os.close(fd)
+
+    def _read_own(self, fd: int) -> TokenSet | None:
+        status = os.fstat(fd)
+        if status.st_uid != os.geteuid():
+            self._ignore("it belongs to another user")
+            return None
+        if status.st_mode & 0o077:
+            logger.warning("the kept token %s could be read by others", self.path, extra={"action": "token_cache_open"})
+            # Where the file system is read-only, it stays so.
+            with contextlib.suppress(OSError):
                 os.fchmod(fd, 0o600)
-            try:
-                return _read(json.loads(file.read(_MAX_SIZE)))
-            except (OSError, ValueError, TypeError, KeyError) as error:
-                self._ignore(f"it cannot be read ({type(error).__name__})")
-                return None
+        try:
+            return _read(json.loads(os.read(fd, _MAX_SIZE)))
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            self._ignore(f"it cannot be read ({type(error).__name__})")
+            return None
 
     def store(self, tokens: TokenSet) -> None:
         """Keep tokens; they are on the disk when this returns, or a warning is in the log."""
@@ -157,11 +165,14 @@ def _read(fields: Any) -> TokenSet:
     texts = {name: fields[name] for name in ("access_token", "refresh_token", "client_id")}
     if not all(isinstance(text, str) for text in texts.values()):
         raise TypeError("not text")
+    obtained_at, expires_at = float(fields["obtained_at"]), float(fields["expires_at"])
+    if not is_token(texts["access_token"]) or not math.isfinite(obtained_at) or not math.isfinite(expires_at):
+        raise ValueError("no token, or no time")
     return TokenSet(
         access=texts["access_token"],
         refresh=texts["refresh_token"],
-        obtained_at=float(fields["obtained_at"]),
-        expires_at=float(fields["expires_at"]),
+        obtained_at=obtained_at,
+        expires_at=expires_at,
         client_id=texts["client_id"],
     )
 

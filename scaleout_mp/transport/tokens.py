@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from scaleout_mp.config import state_folder
 from scaleout_mp.errors import AuthenticationError
-from scaleout_mp.transport.token_api import TokenApi, claims
+from scaleout_mp.transport.token_api import TokenApi, claims, is_token
 from scaleout_mp.transport.token_cache import TokenCache
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def token_source(
     """
     # Tokens come out of files and shells.
     token = token.strip()
-    if not token.isascii() or not token.isprintable() or " " in token:
+    if token and not is_token(token):
         raise AuthenticationError("this is no token: it has spaces, line breaks or other letters that no token has")
     said = claims(token)
     if said.get("token_type") == "api_key":

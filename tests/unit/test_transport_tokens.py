@@ -209,6 +209,32 @@ def test_a_clock_that_is_ahead_does_not_make_every_call_a_refresh(caplog):
     assert "is it ahead?" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        # Milliseconds, and a token that never ends.
+        {"access_token": jwt(exp=1_764_000_000_000)},
+        {"access_token": jwt(exp=10**400)},
+        {"access_token": "a", "expires_in": float("inf")},
+        {"access_token": "a", "expires_in": float("nan")},
+    ],
+)
+def test_a_token_whose_end_is_no_date_is_used_and_told_all_the_same(body):
+    told = []
+    source, clock, _ = refreshed((200, body), on_refresh=lambda *said: told.append(said))
+    assert source.access_token() == body["access_token"]
+    assert not source.due
+    (_, _, when) = told[0]
+    assert clock.now < when.timestamp() < clock.now + 11 * 365 * 86400
+
+
+@pytest.mark.parametrize("token", ["two words", "a\nX-Evil: 1", "caf\u00e9", "\ud800", "", 3])
+def test_what_no_header_can_carry_is_no_access_token(token):
+    source, *_ = refreshed((200, {"access_token": token}))
+    with pytest.raises(TransportError, match="no access token"):
+        source.access_token()
+
+
 def test_a_token_from_a_file_may_end_in_a_line_break_and_no_other_oddity():
     assert token_source(" " + jwt(token_type="api_key") + "\n", None, settings=SETTINGS).access_token().endswith("c2ln")
     for odd in ("two words", "caf\u00e9", "a\nb"):
@@ -302,7 +328,24 @@ def test_kept_tokens_that_the_server_no_longer_takes_give_way_to_the_one_given(c
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"null", b'{"version": 2}', b'{"version": 1, "access_token": 3}', b"\xff" * 10]
+    "content",
+    [
+        *(
+            b"",
+            b"{",
+            b"[]",
+            b"null",
+            b'{"version": 2}',
+            b'{"version": 1, "access_token": 3}',
+            b"\xff" * 10,
+            b"[" * 100_000,
+        ),
+        *(
+            b"%b%b}"
+            % (b'{"version":1,"access_token":"a","refresh_token":"r","client_id":"","obtained_at":0,"expires_at":', end)
+            for end in (b"NaN", b"1e999", b"1" + b"0" * 400)
+        ),
+    ],
 )
 def test_a_broken_file_is_ignored_and_replaced(cache, content, caplog):
     cache.path.parent.mkdir()
@@ -311,6 +354,12 @@ def test_a_broken_file_is_ignored_and_replaced(cache, content, caplog):
     assert (source.access_token(), sent) == ("a1", ["r0"])
     assert "is ignored" in caplog.text
     assert cache.load().refresh == "r1"
+
+
+def test_a_folder_in_the_files_place_costs_a_line(cache, caplog):
+    cache.path.mkdir(parents=True)
+    assert refreshed(*rotating(1), cache=cache)[0].access_token() == "a1"
+    assert "is ignored" in caplog.text
 
 
 def test_a_link_in_the_files_place_is_not_followed(cache, tmp_path):
