@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from scaleout_mp.cli.extras import require_extra
+from scaleout_mp.cli.extras import missing_requirements, require_extra
 from scaleout_mp.cli.options import debug_option
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @click.command(short_help="Watch a federated session survive tasks that misbehave.")
@@ -22,15 +27,19 @@ from scaleout_mp.cli.options import debug_option
 )
 @click.option("--faults/--no-faults", default=True, help="Let tasks misbehave, or not.  [default: --faults]")
 @click.option("--json", "as_json", is_flag=True, help="Write the summary to stdout as JSON, all else to stderr.")
+@click.option("--install/--no-install", default=True, help="Get what is missing, or say it.  [default: --install]")
 @debug_option
 @click.pass_context
-def demo(ctx: click.Context, *, rounds: int, folder: Path | None, faults: bool, as_json: bool) -> int:
+def demo(ctx: click.Context, *, rounds: int, folder: Path | None, faults: bool, as_json: bool, install: bool) -> int:
     """Watch a federated session survive tasks that misbehave.
 
     Starts a local network and four clients that learn handwritten digits together, with no other machine and no
-    download. On the way one client's training crashes with a segmentation fault, one allocates past its memory
+    data to download. On the way one client's training crashes with a segmentation fault, one allocates past its memory
     limit, one hangs where no abort reaches it, one raises. A live table shows it on a terminal, plain lines
     elsewhere. Takes about 40 seconds.
+
+    Where scikit-learn, aiohttp or rich are not installed, an environment of its own is made once, in which it then
+    runs; what is installed here stays as it is.
 
     The exit code is 0 only if all came out as planned: every fault ended once and for the right reason, every
     faulty client came back, the last model is good, and no process is left.
@@ -41,6 +50,9 @@ def demo(ctx: click.Context, *, rounds: int, folder: Path | None, faults: bool, 
       scaleout-mp demo --folder ./demo --rounds 12
       scaleout-mp demo --json > summary.json
     """  # noqa: D301 - click reads the \b
+    missing = missing_requirements("demo")
+    if missing and install:
+        _run_elsewhere(missing, _arguments(rounds, folder, faults=faults, as_json=as_json, debug=bool(ctx.obj)))
     require_extra("demo")
     from scaleout_mp.demo.run import DemoOptions, run_demo
     from scaleout_mp.demo.stopping import DemoStopped
@@ -58,3 +70,25 @@ def demo(ctx: click.Context, *, rounds: int, folder: Path | None, faults: bool, 
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2))
     return 0 if result.passed else 1
+
+
+def _arguments(rounds: int, folder: Path | None, *, faults: bool, as_json: bool, debug: bool) -> list[str]:
+    """Return the command line of the same demo where nothing is missing."""
+    arguments = ["demo", "--no-install", "--rounds", str(rounds), "--faults" if faults else "--no-faults"]
+    if folder is not None:
+        arguments += ["--folder", str(folder)]
+    return [*arguments, *(["--json"] if as_json else []), *(["--debug"] if debug else [])]
+
+
+def _run_elsewhere(missing: Sequence[str], arguments: Sequence[str]) -> NoReturn:
+    """Go on as the same program in an environment that has what is missing here. Raises MissingExtraError."""
+    from scaleout_mp.cli.demo_environment import demo_python
+    from scaleout_mp.package.environment import default_cache
+
+    def say() -> None:
+        names = ", ".join(missing)
+        click.echo(f"{names} are not installed here: making an environment for the demo in {default_cache()}", err=True)
+
+    python = demo_python(missing, on_build=say)
+    sys.stdout.flush()
+    os.execv(python, [python, "-P", "-m", "scaleout_mp", *arguments])  # noqa: S606 - there is no shell

@@ -121,8 +121,16 @@ class PlainView(View):
         show_end(report, kept, self._stream)
 
 
+def terminal_view() -> View:
+    """Return what shows a job on stderr: a live line where that is a terminal and rich is there to draw it."""
+    if sys.stderr.isatty():
+        with contextlib.suppress(ImportError):
+            return LiveView()
+    return PlainView(sys.stderr)
+
+
 class LiveView(View):
-    """A line on stderr that changes; what the job prints goes above it."""
+    """A line on stderr that changes; what the job prints goes above it. Raises ImportError without rich."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ import click
 
 from scaleout_mp.cli.job import Job, run_job
 from scaleout_mp.cli.job_output import check_output, keep_result
-from scaleout_mp.cli.job_view import JsonView, LiveView, PlainView
+from scaleout_mp.cli.job_view import JsonView, terminal_view
 from scaleout_mp.cli.limit_options import LIMITS, limit_options
 from scaleout_mp.cli.models import open_seed
 from scaleout_mp.cli.options import configure_logging, debug_option
@@ -128,7 +128,7 @@ def run(
 
 def _run(job: Job, model: ScaleoutModel | None, output: Path | None, *, as_json: bool) -> int:
     stdout = sys.stdout
-    view: View = JsonView(stdout) if as_json else LiveView() if sys.stderr.isatty() else PlainView(sys.stderr)
+    view: View = JsonView(stdout) if as_json else terminal_view()
     # What the task prints goes where it does not stand between the lines for machines.
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         outcome = asyncio.run(run_job(job, model, view))

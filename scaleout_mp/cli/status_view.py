@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -144,3 +145,8 @@ def can_draw() -> bool:
         return False
     console = Console()
     return console.is_terminal and not console.is_dumb_terminal and os.environ.get("TERM") is not None
+
+
+def is_screen() -> bool:
+    """Whether standard output is a terminal whose screen can be cleared."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in {"dumb", "unknown"}

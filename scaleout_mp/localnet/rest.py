@@ -37,11 +37,11 @@ ANY_ADDRESS: Final = frozenset({"0.0.0.0", "::", "[::]", ""})  # noqa: S104 - re
 
 
 def import_web() -> Any:
-    """Return aiohttp.web, which is an extra; LocalNetworkError says how to install it."""
+    """Return aiohttp.web, which is of an extra; LocalNetworkError says how to install it."""
     try:
         from aiohttp import web
     except ImportError:
-        raise LocalNetworkError('the local network needs aiohttp: pip install "scaleout-mp[localnet]"') from None
+        raise LocalNetworkError('the local network needs aiohttp: pip install "aiohttp>=3.11"') from None
     return web
 
 

@@ -17,23 +17,31 @@ import platform
 import re
 import shutil
 import sys
-import tempfile
+import sysconfig
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-import scaleout_mp
 from scaleout_mp.errors import PackageError
 from scaleout_mp.executor import Environment
+from scaleout_mp.package.copies import PackageCopies
 from scaleout_mp.package.installing import LOOK_EVERY, Installer, find_installer
 from scaleout_mp.package.manifest import read_yaml
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 logger = logging.getLogger(__name__)
 
 #: What the child side of this package imports.
 NEEDED: Final = ("msgpack>=1.1", "numpy")
+#: The modules of the child side that have to work in an environment.
+_CHILD_SIDE: Final = (
+    "numpy",
+    "scaleout_mp.worker.__main__",
+    "scaleout_mp.worker.template",
+    "scaleout_mp.client.package_calls",
+    "scaleout_mp.model",
+)
 #: The published client's own names: it is not what runs here.
 _NOT_NEEDED: Final = frozenset({"fedn", "scaleout"})
 _MARK: Final = "scaleout-mp-environment.json"
@@ -42,22 +50,27 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PythonEnv:
-    """What `python_env.yaml` says."""
+    """What is wanted of an environment: what `python_env.yaml` says."""
 
     build_dependencies: tuple[str, ...] = ()
     dependencies: tuple[str, ...] = ()
+    #: What the program that runs in it imports beside.
+    needed: tuple[str, ...] = NEEDED
+    #: Folders whose modules it has as well, after its own.
+    folders: tuple[str, ...] = ()
 
     @property
     def requirements(self) -> tuple[str, ...]:
-        """What is installed, with what the child side needs."""
+        """What is installed in it."""
         named = {_distribution(line) for line in self.dependencies}
-        return (*self.dependencies, *(line for line in NEEDED if _distribution(line) not in named))
+        return (*self.dependencies, *(line for line in self.needed if _distribution(line) not in named))
 
     def key(self) -> str:
         """Return what is the same for environments that are the same."""
         content = [
             self.build_dependencies,
             self.requirements,
+            self.folders,
             platform.python_implementation(),
             sys.version_info[:3],
             os.path.realpath(sys.executable),
@@ -99,29 +112,60 @@ class Environments:
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self._folder = os.path.abspath(default_cache() if folder is None else folder)
+        self._copies = PackageCopies(os.path.join(self._folder, "package"))
         self._closed = False
 
     def get(self, wanted: PythonEnv, *, beside: str) -> Environment:
-        """Return an environment that holds what is wanted; build it when there is none, or when it is broken.
+        """Return an environment for tasks that holds what is wanted; build it when there is none, or when it is broken.
 
         Requirements that are paths are looked for from the folder `beside`. Raises PackageError with the end of what
         the installer said, and OSError.
         """
-        self._closed = False
         os.makedirs(self._folder, mode=0o700, exist_ok=True)
-        root = self._package_root()
+        root = self._copies.current()
+        executable = self._python(wanted, _imports(_CHILD_SIDE), beside=beside, root=root)
+        return Environment(executable=executable, package_root=root)
+
+    def get_program(self, wanted: PythonEnv, *, modules: Sequence[str], on_build: Callable[[], None]) -> str:
+        """Return the interpreter of an environment in which these modules can be imported; else like `get`.
+
+        `on_build` is called before one is built.
+        """
+        os.makedirs(self._folder, mode=0o700, exist_ok=True)
+        # A person waits: that they were imported once is enough, as long as they are there.
+        packages = tuple(dict.fromkeys(name.partition(".")[0] for name in modules))
+        there = f"import importlib.util as u; assert all(map(u.find_spec, {packages!r}))"
+        return self._python(wanted, _imports(modules), beside=self._folder, again=there, on_build=on_build)
+
+    def _python(
+        self,
+        wanted: PythonEnv,
+        check: str,
+        *,
+        beside: str,
+        root: str | None = None,
+        again: str | None = None,
+        on_build: Callable[[], None] | None = None,
+    ) -> str:
+        """Return an interpreter that runs `check`, and each later time `again`, without an error."""
+        self._closed = False
         path = os.path.join(self._folder, "environments", wanted.key())
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        environment = Environment(executable=os.path.join(path, "bin", "python"), package_root=root)
+        executable = os.path.join(path, "bin", "python")
         with self._locked(f"{path}.lock"):
-            if _is_marked(path, wanted) and self._problem(environment) is None:
-                return environment
-            self._build(path, wanted, beside)
-            problem = self._problem(environment)
-            if problem is not None:
-                raise PackageError(f"the environment that was built cannot run tasks: {problem}")
+            if _is_marked(path, wanted) and self._problem(executable, again or check, root) is None:
+                return executable
+            if on_build is not None:
+                on_build()
+            try:
+                self._build(path, wanted, beside)
+                self._require_working(executable, check, root)
+            except BaseException:
+                # Half of one may be large, and is of no use.
+                shutil.rmtree(path, ignore_errors=True)
+                raise
             _mark(path, wanted)
-        return environment
+        return executable
 
     def close(self) -> None:
         """Break off a build. Called from another thread."""
@@ -157,6 +201,8 @@ class Environments:
         )
         begun = time.monotonic()
         installer.make()
+        if wanted.folders:
+            _add_folders(path, wanted.folders)
         for requirements in filter(None, [wanted.build_dependencies, wanted.requirements]):
             installer.install(requirements)
         logger.info(
@@ -165,40 +211,32 @@ class Environments:
             extra={"action": "environment_built"},
         )
 
-    def _problem(self, environment: Environment) -> str | None:
-        """Say what keeps an environment from running tasks: the child side is imported in it."""
-        modules = "numpy, scaleout_mp.worker.__main__, scaleout_mp.worker.template, "
-        modules += "scaleout_mp.client.package_calls, scaleout_mp.model"
-        if not os.path.exists(environment.executable):
+    def _require_working(self, executable: str, check: str, root: str | None) -> None:
+        problem = self._problem(executable, check, root)
+        if problem is not None:
+            raise PackageError(f"the environment that was built cannot be used: {problem}")
+
+    def _problem(self, executable: str, check: str, root: str | None) -> str | None:
+        """Say what keeps an environment from being used: `check` is run in it, beside the copy in `root`."""
+        if not os.path.exists(executable):
             return "it has no interpreter"
-        check = Installer(self._folder, self._folder, self._require_wanted)
+        program = Installer(self._folder, self._folder, self._require_wanted)
         try:
-            check.run(
-                [environment.executable, "-P", "-c", f"import {modules}"], {"PYTHONPATH": environment.package_root}
-            )
+            program.run([executable, "-P", "-c", check], {} if root is None else {"PYTHONPATH": root})
         except PackageError as error:
             return str(error)
         return None
 
-    def _package_root(self) -> str:
-        """Return a folder with a copy of this package and nothing else. Of its own for each state of the package."""
-        source = os.path.dirname(os.path.abspath(scaleout_mp.__file__))
-        digest = hashlib.blake2b(source.encode(), digest_size=8)
-        for folder, folders, names in os.walk(source):
-            folders[:] = sorted(name for name in folders if name != "__pycache__")
-            for name in sorted(names):
-                facts = os.stat(os.path.join(folder, name))
-                digest.update(f"\0{folder}/{name}\0{facts.st_size}\0{facts.st_mtime_ns}".encode())
-        root = os.path.join(self._folder, "package", digest.hexdigest())
-        if not os.path.isdir(root):
-            os.makedirs(os.path.dirname(root), exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=os.path.dirname(root)) as temporary:
-                made = os.path.join(temporary, "root")
-                shutil.copytree(source, os.path.join(made, "scaleout_mp"), ignore=shutil.ignore_patterns("__pycache__"))
-                with contextlib.suppress(FileExistsError, OSError):
-                    # Another client may have been faster.
-                    os.rename(made, root)
-        return root
+
+def _add_folders(path: str, folders: Sequence[str]) -> None:
+    """Have an environment's interpreter find the modules in other folders, once it has not found its own."""
+    own = sysconfig.get_path("purelib", scheme="venv", vars={"base": path, "platbase": path})
+    with open(os.path.join(own, "scaleout-mp-folders.pth"), "wb") as file:
+        file.writelines(os.fsencode(folder) + b"\n" for folder in folders)
+
+
+def _imports(modules: Sequence[str]) -> str:
+    return f"import {', '.join(modules)}"
 
 
 def _mark_text(wanted: PythonEnv) -> str:

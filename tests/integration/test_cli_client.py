@@ -197,6 +197,14 @@ def look_at_top(place, correlation_id):
         assert wanted in text
     assert correlation_id[:8] in text
     assert re.search(r"crashed: .*SIGSEGV", text)
+    without_rich = "import sys; sys.modules['rich'] = None; from scaleout_mp.cli.app import run; run(sys.argv[1:])"
+    command = ["-c", without_rich, "top", "--count", "2", "--interval", "0.1"]
+    _, screen = on_a_terminal(command, XDG_RUNTIME_DIR=str(place))
+    entered, first, second = screen.split("\x1b[H")
+    assert entered.startswith("\x1b[?1049h")
+    assert "client hospital (h1)" in first
+    assert correlation_id in second
+    assert second.endswith("\x1b[?1049l")
 
 
 def test_what_a_killed_client_left_is_in_nobodys_way(place, net):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import click
 import numpy as np
 import pytest
 
 import scaleout_mp
-from scaleout_mp import __main__ as entry
 from scaleout_mp.cli import app as app_module
 from scaleout_mp.cli import extras
 from scaleout_mp.cli.app import run
@@ -144,22 +145,25 @@ def test_bugs_are_not_hidden(failing):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "extra"),
-    [([], "cli"), (["--debug", "demo"], "demo"), (["localnet"], "cli,localnet"), (["top"], "cli")],
+    ("arguments", "module", "requirement"),
+    [(["demo", "--no-install"], "sklearn", "scikit-learn>=1.5"), (["localnet"], "aiohttp", "aiohttp>=3.11")],
 )
-def test_without_click_the_extra_is_named(arguments, extra, monkeypatch, capsys):
-    without(monkeypatch, "click")
-    monkeypatch.setattr(sys, "argv", ["scaleout-mp", *arguments])
-    assert entry.main() == 2
-    assert capsys.readouterr().err == f'scaleout-mp needs the extra "{extra}": pip install "scaleout-mp[{extra}]"\n'
-
-
-@pytest.mark.parametrize(("command", "module"), [("demo", "sklearn"), ("localnet", "aiohttp")])
-def test_a_missing_extra_is_named(command, module, monkeypatch, capsys):
+def test_a_missing_extra_is_named(arguments, module, requirement, monkeypatch, capsys):
     without(monkeypatch, module)
-    assert run([command]) == 2
+    assert run(arguments) == 2
     said = one_line(capsys.readouterr().err)
-    assert said == f'error: scaleout-mp {command} needs the extra "{command}": pip install "scaleout-mp[{command}]"'
+    assert said == f'error: scaleout-mp {arguments[0]} needs what is not installed: pip install "{requirement}"'
+
+
+def test_the_extras_are_those_of_the_package(monkeypatch):
+    without(monkeypatch, "aiohttp", "rich", "sklearn")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    wanted = project["optional-dependencies"]
+    assert extras.missing_requirements("localnet") == wanted["localnet"]
+    named = {"scaleout-mp[cli,localnet]", *extras.missing_requirements("demo")}
+    assert named - set(wanted["cli"]) - set(wanted["localnet"]) == set(wanted["demo"])
+    # The program of a plain installation has its parser.
+    assert any(line.startswith("click") for line in project["dependencies"])
 
 
 def test_an_extra_that_is_there_passes(monkeypatch):
