@@ -47,6 +47,14 @@ _TRANSIENT = frozenset(
 #: What proxies and dying servers leave behind, under codes that otherwise mean a bug.
 _BROKEN_STREAM = ("stream removed", "rst_stream", "goaway", "connection reset", "socket closed")
 
+#: How gRPC says that a web server answered, and not the combiner behind it; and what it makes of a 404, and of a 400 or
+#: 500, as they come while the combiner is restarted.
+_NOT_THE_COMBINER = "http2 header with status"
+_OF_WEB_SERVERS = frozenset({grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN})
+
+#: Behind these may be a bug of the server's, or something that passes: worth a few tries, and no more.
+_DOUBTFUL = frozenset({"ABORTED", "DATA_LOSS", "INTERNAL", "UNKNOWN"})
+
 #: How servers in several languages say that a message will never pass; trying again would block what waits behind it.
 _TOO_LARGE = ("larger than max", "exceeds maximum size")
 
@@ -67,13 +75,23 @@ def is_transient(code: grpc.StatusCode, details: str) -> bool:
         return False
     if code in _TRANSIENT:
         return True
+    if code in _OF_WEB_SERVERS and _NOT_THE_COMBINER in details.lower():
+        return True
     broken = code in {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL}
     return broken and any(sign in details.lower() for sign in _BROKEN_STREAM)
+
+
+def may_pass(error: TransportError) -> bool:
+    """Whether a call failed in a way that a few more tries may help."""
+    return isinstance(error, CallError) and not error.transient and error.code in _DOUBTFUL
 
 
 def _call_error(method: Method, error: grpc.aio.AioRpcError, token: str | None = None) -> CallError:
     details = one_line(without((token,) if token else (), error.details() or ""))
     code = error.code()
+    if code is grpc.StatusCode.UNIMPLEMENTED and is_transient(code, details):
+        # It would say of the combiner that it lacks the call.
+        code = grpc.StatusCode.UNAVAILABLE
     return CallError(
         f"{method.name}: {code.name} {details}".rstrip(),
         call=method.name,

@@ -35,6 +35,10 @@ _AT_ONCE: Final = 16
 _NEWEST: Final = 0.1
 #: Records of a lane that are held in memory; the others lie in the journal until their turn comes.
 HELD: Final = 4_000
+#: Times in a row that a message is sent again whose call fails by what may be a bug of the server's: a result, or a
+#: record. Behind one that was given up for that, each has a single try until one arrives.
+PATIENCE: Final = 8
+PATIENCE_WITH_RECORDS: Final = 4
 #: Records left in memory when more are fetched, and how many then.
 LOW: Final = 1_000
 PAGE: Final = 2_000
@@ -76,6 +80,7 @@ class Lane:
         #: Failures in a row; while `waiting`, nothing is sent.
         self.failures = 0
         self.waiting = False
+        self._doubts = 0
         self.done: asyncio.Event = asyncio.Event()
         self._results: collections.deque[Ticket] = collections.deque()
         self._records: collections.deque[Ticket] = collections.deque()
@@ -207,6 +212,17 @@ class Lane:
         self._under_way[ticket.id] = ticket
         ticket.tried = True
         return ticket
+
+    def doubtful(self, ticket: Ticket) -> bool:
+        """Note that a call failed by what may be a bug of the server's; say whether the message is sent again."""
+        if not self.waiting:
+            # Else it is one of several that failed together.
+            self._doubts += 1
+        return self._doubts <= (PATIENCE if ticket.rank is MessageClass.RESULT else PATIENCE_WITH_RECORDS)
+
+    def arrived(self) -> None:
+        """Note that the server has taken a message."""
+        self._doubts = 0
 
     def succeeded(self, ticket: Ticket) -> None:
         """Note that a message is done with, one way or the other."""

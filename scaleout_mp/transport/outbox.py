@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Final
 
 from scaleout_mp.errors import AuthenticationError, CallError, TransportError
 from scaleout_mp.transport.backoff import Backoff
-from scaleout_mp.transport.calls import worth_retrying
+from scaleout_mp.transport.calls import may_pass, worth_retrying
 from scaleout_mp.transport.lane import HELD, PAGE, Lane, Pace
 from scaleout_mp.transport.message import MessageClass, MessageKind, Ticket
 from scaleout_mp.transport.message_table import MessageTable
 from scaleout_mp.transport.sending import Sender
 from scaleout_mp.transport.stock import BOUNDS, Bound, Stock
-from scaleout_mp.transport.tally import OutboxCounts, Tally
+from scaleout_mp.transport.tally import OutboxCounts, Refusals, Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Mapping
@@ -75,7 +75,8 @@ class Outbox:
         self._pace = pace or Pace()
         self._tally = Tally()
         self._last_id = 0
-        self._results_only = self._closed = self._said_old = False
+        self._refusals = Refusals()
+        self._results_only = self._closed = False
         if journal is not None:
             journal.on_lost = self._on_lost
 
@@ -161,16 +162,6 @@ class Outbox:
             self._tally.drop(ticket.lane)
             ticket.settle(TransportError(why))
 
-    def _drop_unknown(self, ticket: Ticket) -> None:
-        """Count a record for which the server is too old."""
-        if not self._said_old:
-            self._said_old = True
-            logger.warning(
-                "the server takes no results of inference: it is older than release 1.1; they are dropped",
-                extra={"action": "records_unknown"},
-            )
-        self._tally.drop(ticket.lane)
-
     def take_dropped(self, task_id: str) -> int:
         """Return how many records of a task were dropped, and forget it."""
         return self._tally.take_dropped(task_id)
@@ -245,9 +236,11 @@ class Outbox:
         try:
             await self._sender.send(ticket)
             self._pace.measured(asyncio.get_running_loop().time() - begun)
+            lane.arrived()
         except TransportError as failure:
             # A refused token may be accepted again; the messages are worth the wait.
-            if worth_retrying(failure) or isinstance(failure, AuthenticationError):
+            waits = worth_retrying(failure) or isinstance(failure, AuthenticationError)
+            if waits or (may_pass(failure) and lane.doubtful(ticket)):
                 self._on_failure(lane, ticket, failure)
                 return
             error = failure
@@ -265,7 +258,11 @@ class Outbox:
         if not lane.failed(ticket):
             return
         wait = self._retries.delay(lane.failures)
-        self._calls.link.failed(ticket.kind.value.name, failure, wait)
+        if may_pass(failure):
+            # It was answered: the link is not to blame.
+            logger.warning("%s; trying again in %.1f s", failure, wait, extra={"action": "message_doubtful"})
+        else:
+            self._calls.link.failed(ticket.kind.value.name, failure, wait)
         loop = asyncio.get_running_loop()
 
         def go_on() -> None:
@@ -280,11 +277,13 @@ class Outbox:
     def _settle(self, lane: Lane, ticket: Ticket, error: TransportError | None) -> None:
         if error is None:
             self._tally.delivered += 1
+            self._refusals.taken(ticket)
         elif isinstance(error, CallError) and error.code == "UNIMPLEMENTED" and ticket.rank is not MessageClass.RESULT:
-            self._drop_unknown(ticket)
+            self._refusals.unknown(ticket)
+            self._tally.drop(ticket.lane)
         else:
             self._tally.refused += 1
-            logger.error("the combiner refused a message for good: %s", error, extra={"action": "message_refused"})
+            self._refusals.refused(ticket, error)
             if self._on_refused is not None:
                 self._on_refused(ticket, error)
         self._discount(lane, ticket)

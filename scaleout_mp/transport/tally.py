@@ -4,6 +4,23 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
+from typing import TYPE_CHECKING, Final
+
+from scaleout_mp.transport.message import MessageClass, MessageKind
+
+if TYPE_CHECKING:
+    from scaleout_mp.errors import TransportError
+    from scaleout_mp.transport.message import Ticket
+
+logger = logging.getLogger(__name__)
+
+_NAMES: Final = {
+    MessageKind.METRIC: "metrics",
+    MessageKind.ATTRIBUTES: "attributes",
+    MessageKind.TELEMETRY: "telemetry",
+    MessageKind.INFERENCE_RESULT: "results of inference",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,3 +56,34 @@ class Tally:
     def counts(self) -> OutboxCounts:
         """All of it, at this moment."""
         return OutboxCounts(pending=self.pending, delivered=self.delivered, dropped=self.dropped, refused=self.refused)
+
+
+class Refusals:
+    """Says what the server refuses: of results each, of records once for each kind, for there may be a million."""
+
+    def __init__(self) -> None:
+        self._refused: set[MessageKind] = set()
+        self._unknown: set[MessageKind] = set()
+
+    def taken(self, ticket: Ticket) -> None:
+        """Note that a message arrived: the next refusal of its kind is news."""
+        self._refused.discard(ticket.kind)
+
+    def refused(self, ticket: Ticket, error: TransportError) -> None:
+        """Say that a message will never be taken."""
+        again = ticket.rank is not MessageClass.RESULT and ticket.kind in self._refused
+        self._refused.add(ticket.kind)
+        logger.log(
+            logging.DEBUG if again else logging.ERROR,
+            "the combiner refused a message for good: %s",
+            error,
+            extra={"action": "message_refused"},
+        )
+
+    def unknown(self, ticket: Ticket) -> None:
+        """Say that the server has no call for records of a kind: it may be older than release 1.1."""
+        if ticket.kind in self._unknown:
+            return
+        self._unknown.add(ticket.kind)
+        what = _NAMES.get(ticket.kind, ticket.kind.value.name)
+        logger.warning("the server takes no %s; they are dropped", what, extra={"action": "records_unknown"})

@@ -106,6 +106,30 @@ def test_a_message_that_is_refused_for_good_does_not_hold_up_the_others(caplog):
     assert "refused a message" in caplog.text
 
 
+BUG = CallError("SendModelMetric: UNKNOWN", code="UNKNOWN")
+
+
+def test_what_may_be_a_bug_of_the_servers_gets_a_few_more_tries(caplog):
+    async def scenario(*failures):
+        calls = FakeCalls(*failures)
+        outbox = box(calls)
+        update = outbox.put(MessageKind.UPDATE, pb.ModelUpdate(model_id="u"), task_id="t")
+        metrics = [outbox.put(*metric(name), task_id="t") for name in "abc"]
+        await outbox.flush("t")
+        assert not calls.link.down
+        return update.arrived, [ticket.arrived for ticket in metrics], outbox.counts, len(calls.failures)
+
+    assert asyncio.run(scenario(BUG, BUG, None, BUG))[:2] == (True, [True] * 3)
+    caplog.clear()
+    # A server that never takes it does not hold up the task: each of the others gets one try.
+    arrived, others, counts, left = asyncio.run(scenario(*[BUG] * 100))
+    assert (arrived, others, counts.refused, left) == (False, [False] * 3, 4, 100 - 9 - 3)
+    # Of the records, the first.
+    assert [r.message for r in caplog.records if r.levelname == "ERROR"].count(
+        "the combiner refused a message for good: SendModelMetric: UNKNOWN"
+    ) == 2
+
+
 def test_a_refused_token_is_waited_out():
     async def scenario():
         calls = FakeCalls(AuthenticationError("spent"), TransportError("the API does not answer"))
@@ -353,6 +377,9 @@ def test_an_outage_is_one_warning_and_its_end_one_line(caplog):
         ("INVALID_ARGUMENT", "", False),
         ("NOT_FOUND", "", False),
         ("UNIMPLEMENTED", "", False),
+        ("UNIMPLEMENTED", "Received http2 header with status: 404", True),
+        ("UNKNOWN", "Received http2 header with status: 500", True),
+        ("PERMISSION_DENIED", "Received http2 header with status: 403", False),
         ("PERMISSION_DENIED", "", False),
     ],
 )
