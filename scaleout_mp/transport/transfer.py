@@ -9,12 +9,15 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
+import grpc.aio
 
 from scaleout_mp.errors import CallError, ModelFormatError, ModelNotFoundError, ModelTransferError
 from scaleout_mp.model import MemoryWriter, ScaleoutModel
 from scaleout_mp.model.memfd import DEFAULT_MAX_SIZE
 from scaleout_mp.transport.aside import close_aside, closing_aside
+from scaleout_mp.transport.calls import may_pass
 from scaleout_mp.transport.channel import END
+from scaleout_mp.transport.first_status import FirstStatus
 from scaleout_mp.transport.progress import Progress
 from scaleout_mp.wire import edge_pb2 as pb
 from scaleout_mp.wire import methods
@@ -133,7 +136,11 @@ class ModelTransfer:
                 return await self._calls.retried(
                     methods.DOWNLOAD.name, lambda: self._download_once(model_id, progress), attempts=None
                 )
-            except _BrokenTransferError as error:
+            except (_BrokenTransferError, CallError) as error:
+                if isinstance(error, CallError) and not may_pass(error):
+                    if error.code == grpc.StatusCode.NOT_FOUND.name:
+                        raise ModelNotFoundError(f"the server does not have model {model_id}") from error
+                    raise
                 failed = error
                 logger.warning(
                     "model %s arrived broken (try %d of %d): %s",
@@ -143,10 +150,8 @@ class ModelTransfer:
                     error,
                     extra={"action": "download_broken", "model_id": model_id},
                 )
-            except CallError as error:
-                if error.code == grpc.StatusCode.NOT_FOUND.name:
-                    raise ModelNotFoundError(f"the server does not have model {model_id}") from error
-                raise
+            if isinstance(failed, CallError) and attempt < TRIES:
+                await self._calls.sleep(self._calls.delay(attempt))
         raise ModelTransferError(f"model {model_id} arrived broken {TRIES} times: {failed}") from failed
 
     async def _download_once(self, model_id: str, progress: Progress) -> ScaleoutModel:
@@ -195,12 +200,18 @@ class ModelTransfer:
     async def _upload(self, model: ScaleoutModel, model_id: str, checksum: str, progress: Progress) -> None:
         said = ""
         for attempt in range(1, TRIES + 1):
-            answer = await self._calls.retried(
-                methods.UPLOAD.name, lambda: self._upload_once(model, model_id, checksum, progress), attempts=None
-            )
-            if answer.status == pb.ModelStatus.OK:
-                return
-            said = answer.message or pb.ModelStatus.Name(answer.status)
+            try:
+                answer = await self._calls.retried(
+                    methods.UPLOAD.name, lambda: self._upload_once(model, model_id, checksum, progress), attempts=None
+                )
+            except (_BrokenTransferError, CallError) as error:
+                if isinstance(error, CallError) and not may_pass(error):
+                    raise
+                said = str(error)
+            else:
+                if answer.status == pb.ModelStatus.OK:
+                    return
+                said = answer.message or pb.ModelStatus.Name(answer.status)
             logger.warning(
                 "the server did not take model %s (try %d of %d): %s",
                 model_id,
@@ -221,7 +232,15 @@ class ModelTransfer:
         async def attempt(metadata: Metadata) -> Any:
             with_id = (*metadata, ("model-id", model_id), ("checksum", checksum))
             progress.again()
-            return await call(_chunks(model.iter_chunks(CHUNK), progress), metadata=with_id)
+            under_way = call(_chunks(model.iter_chunks(CHUNK), progress), metadata=with_id)
+            status = FirstStatus(under_way)
+            try:
+                return await under_way
+            except grpc.aio.AioRpcError as error:
+                meant = status.instead_of(error)
+                if meant.code() is grpc.StatusCode.OK:
+                    raise _BrokenTransferError("it answered before it had all of the model") from error
+                raise meant from error
 
         answer: pb.ModelResponse = await self._calls.authorized(methods.UPLOAD, attempt)
         self._calls.link.succeeded()

@@ -25,7 +25,7 @@ from scaleout_mp import (
     TrustedSigners,
 )
 from scaleout_mp.config import Settings
-from scaleout_mp.errors import ModelFormatError, ModelSignatureError, TransportError
+from scaleout_mp.errors import CallError, ModelFormatError, ModelSignatureError, ModelTransferError, TransportError
 from scaleout_mp.localnet import Fault, LocalNetworkThread
 from scaleout_mp.localnet.events import (
     HeartbeatReceived,
@@ -35,6 +35,7 @@ from scaleout_mp.localnet.events import (
     TaskReported,
     UpdateReceived,
 )
+from scaleout_mp.transport.backoff import Backoff
 from scaleout_mp.transport.calls import CombinerCalls
 from scaleout_mp.transport.channel import CallCredentials, open_channel
 from scaleout_mp.transport.transfer import ModelTransfer
@@ -65,6 +66,7 @@ def with_transfer(net, act, **options):
     async def main():
         host, port = net.combiner_address.split(":")
         calls = CombinerCalls(open_channel(host, int(port), secure=False), CallCredentials(client_id="c", name="n"))
+        calls.backoff = Backoff(first=0.02)
         try:
             return await act(ModelTransfer(calls, **options))
         finally:
@@ -185,6 +187,41 @@ def test_what_a_broken_attempt_left_is_no_part_of_the_model(net):
             await transfer.download(model_id)
         with await transfer.download(model_id) as model:
             assert model.size > 4 * MIB
+
+    with_transfer(net, act)
+
+
+def test_an_upload_that_the_server_ends_at_once_fails_with_what_the_server_said(net):
+    """gRPC has an internal error in its place, while parts are still being written."""
+    net.faults.add("Upload", Fault(code=grpc.StatusCode.UNAVAILABLE, delay=0.05), times=4)
+
+    async def act(transfer):
+        with ScaleoutModel.from_training_model([np.zeros(6 * MIB, np.float32)], compression="stored") as model:
+            await transfer.upload(model)
+            net.faults.add("Upload", Fault(code=grpc.StatusCode.UNKNOWN), times=2)
+            await transfer.upload(model)
+            for code in ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED"):
+                details = "CLIENT: Received message larger than max"
+                net.faults.add("Upload", Fault(code=grpc.StatusCode[code], details=details, delay=0.05))
+                with pytest.raises(CallError, match=code):
+                    await transfer.upload(model)
+            net.faults.add("Upload", Fault(code=grpc.StatusCode.INTERNAL), times=3)
+            with pytest.raises(ModelTransferError, match="3 times: Upload: INTERNAL"):
+                await transfer.upload(model)
+
+    with_transfer(net, act)
+    assert net.faults.planned("Upload") == 0
+
+
+def test_a_download_that_the_server_fails_to_give_is_asked_for_again(net):
+    model_id = add_model(net)
+    net.faults.add("Download", Fault(code=grpc.StatusCode.UNKNOWN), times=2)
+
+    async def act(transfer):
+        (await transfer.download(model_id)).close()
+        net.faults.add("Download", Fault(code=grpc.StatusCode.INTERNAL), times=3)
+        with pytest.raises(ModelTransferError, match="3 times: Download: INTERNAL"):
+            await transfer.download(model_id)
 
     with_transfer(net, act)
 
