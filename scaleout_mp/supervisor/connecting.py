@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from scaleout_mp.client import ConnectToApiResult, GrpcConnectionOptions
 from scaleout_mp.errors import CallError, ConfigError, TransportError
 from scaleout_mp.supervisor.state import IN_MEMORY, KeptId
+from scaleout_mp.transport.calls import may_pass
 from scaleout_mp.transport.rest import Assignment
 from scaleout_mp.transport.signatures import TrustedSigners
 from scaleout_mp.wire import methods
@@ -151,3 +152,27 @@ async def check_version(
             f"{': ' + answer.response if answer.response else ''}; "
             "SCALEOUT_MP_CLIENT_VERSION sets the version that is presented"
         )
+
+
+async def greeted(calls: CombinerCalls, *, client_id: str) -> bool:
+    """Announce the client, however long it takes; return whether the combiner wants to be told of clients at all.
+
+    Raises CallError and AuthenticationError when it refuses this one.
+    """
+    failures = 0
+    while True:
+        try:
+            await calls.announce("Connect", client_id=client_id, attempts=None)
+        except CallError as error:
+            if error.code == "UNIMPLEMENTED":
+                logger.info("the combiner takes no announcements", extra={"action": "announce_lacking"})
+                return False
+            if not may_pass(error):
+                raise
+            # A combiner in trouble; a client that has to be started by hand once more would be worse.
+            failures += 1
+            wait = calls.delay(failures)
+            calls.link.failed(methods.ANNOUNCE.name, error, wait)
+            await calls.sleep(wait)
+        else:
+            return True

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.supervisor import messages, vitals
 from scaleout_mp.supervisor.callback_sources import callbacks_for
+from scaleout_mp.supervisor.connecting import greeted
 from scaleout_mp.supervisor.farewell import ABORT_MARGIN, Farewell, cancelled
 from scaleout_mp.supervisor.job_kinds import make_job
 from scaleout_mp.supervisor.jobs import Job, JobFailedError, JobResources, Phase
@@ -99,6 +100,7 @@ class ClientService:
         #: Set once tasks can run, and at the end.
         self.ready = asyncio.Event()
         self._announced = self._closed = False
+        self._announces = plan.settings.announce
         self._manager = ServiceManager()
         self._poller = Poller(
             calls,
@@ -199,8 +201,7 @@ class ClientService:
     async def _take_tasks(self) -> None:
         plan = self._plan
         if plan.settings.announce:
-            await self._calls.announce("Connect", client_id=plan.client_id, attempts=None)
-            self._announced = True
+            self._announced = self._announces = await greeted(self._calls, client_id=plan.client_id)
         self._manager.status("connected")
         logger.info(
             "client %s is connected and waits for tasks; Ctrl-C ends it", plan.name, extra={"action": "connected"}
@@ -406,7 +407,7 @@ class ClientService:
             await farewell.until_reporting(self._plan.limits.abort_grace_seconds + ABORT_MARGIN)
         # Who never came need not say that it goes; a greeting that was cut off may have arrived.
         # Who restarts is soon back.
-        came = self._restart is None and self._plan.settings.announce and (self._announced or not self._calls.link.down)
+        came = self._restart is None and self._announces and (self._announced or not self._calls.link.down)
         await farewell.say(self._plan.client_id if came else None)
 
     async def _kill_all(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from scaleout_mp.transport.calls import CombinerCalls
     from scaleout_mp.transport.outbox import Outbox
 
+logger = logging.getLogger(__name__)
+
 #: Seconds between two looks at the machine.
 TELEMETRY_INTERVAL: Final = 5.0
 #: The same over a degraded link, which has more important things to carry.
@@ -30,9 +33,21 @@ BACKLOG_INTERVAL: Final = 30.0
 async def send_heartbeats(calls: CombinerCalls, *, client_id: str, interval: float) -> None:
     """Send a heartbeat every `interval` seconds, for ever."""
     message = pb.Heartbeat(client_id=client_id, heartbeat_interval_ms=_milliseconds(interval))
+    refused = False
 
     async def beat() -> None:
-        await calls.once(methods.SEND_HEARTBEAT, message)
+        nonlocal refused
+        try:
+            await calls.once(methods.SEND_HEARTBEAT, message)
+        except CallError as error:
+            if error.transient:
+                raise
+            # An answer is an answer: the link is not to blame, and polls are signs of life as well.
+            if not refused:
+                logger.warning("the server takes no heartbeats: %s", error, extra={"action": "heartbeat_refused"})
+            refused = True
+        else:
+            refused = False
 
     await keep_calling("the heartbeat", interval, beat, calls)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import threading
 
@@ -16,6 +17,7 @@ from observing import wait_until
 
 from scaleout_mp import EdgeClient, GrpcConnectionOptions, GrpcEdgeClientRuntime, ScaleoutModel
 from scaleout_mp.config import Settings
+from scaleout_mp.errors import CallError
 from scaleout_mp.localnet import LocalNetworkThread
 from scaleout_mp.localnet.events import TaskReported
 from scaleout_mp.wire import edge_pb2 as pb
@@ -68,7 +70,9 @@ def test_what_is_no_directive_says_so():
 class RawServer:
     """A combiner whose answers to polls, and whose stream of tasks, are bytes."""
 
-    def __init__(self, answers, *, stream=()):
+    def __init__(self, answers, *, stream=(), codes=None):
+        """`codes`: of the calls that fail, by name: the first tries with these, further ones with the last."""
+        self._codes = {name: list(found) for name, found in (codes or {}).items()}
         self._answers, self._lock = itertools.chain(answers, itertools.repeat(b"")), threading.Lock()
         self._stream = stream
         self.reports = []
@@ -76,7 +80,7 @@ class RawServer:
         self.streams = 0
         ok = pb.Response(response="OK").SerializeToString()
         handlers = {
-            method.name: grpc.unary_unary_rpc_method_handler(lambda request, context: ok)
+            method.name: grpc.unary_unary_rpc_method_handler(functools.partial(self._answer, method.name, ok))
             for method in vars(methods).values()
             if isinstance(method, methods.Method) and not method.stream_in and not method.stream_out
         }
@@ -88,6 +92,13 @@ class RawServer:
             [grpc.method_handlers_generic_handler(methods.COMBINER_SERVICE, handlers)]
         )
         self.port = self._server.add_insecure_port("127.0.0.1:0")
+
+    def _answer(self, name, answer, _request, context):
+        codes = self._codes.get(name)
+        code = codes and (codes.pop(0) if len(codes) > 1 else codes[0])
+        if code:
+            context.abort(grpc.StatusCode[code], "as the test has it")
+        return answer
 
     def _poll(self, request, context):
         with self._lock:
@@ -118,21 +129,44 @@ class RawServer:
         self._pool.shutdown()
 
 
-@contextlib.contextmanager
-def client_of(server, **run):
+def connected(server):
     settings = Settings(polling_interval=POLLING, send_telemetry=False, check_version=False, report_status=False)
-    runtime = GrpcEdgeClientRuntime(settings=settings)
-    client = EdgeClient(runtime=runtime)
+    client = EdgeClient(runtime=GrpcEdgeClientRuntime(settings=settings))
     client.set_client_id("c")
     client.set_custom_callback("answer", callbacks.answer)
     assert client.init_grpchandler(GrpcConnectionOptions("127.0.0.1", server.port, grpc_secure=False))
+    return client
+
+
+@contextlib.contextmanager
+def client_of(server, **run):
+    client = connected(server)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         running = pool.submit(client.run, **run)
         try:
             yield client
         finally:
-            runtime.stop()
+            client._runtime.stop()
             running.result(30)
+
+
+def test_a_combiner_in_trouble_and_one_that_lacks_calls_are_served_all_the_same(caplog):
+    codes = {"Announce": ["INTERNAL", "UNKNOWN", "UNIMPLEMENTED"], "SendHeartbeat": ["UNIMPLEMENTED"]}
+    caplog.set_level("INFO")
+    with RawServer([directive(GOOD)], codes=codes) as server, client_of(server, with_heartbeat=True):
+        assert server.end_of("good").status == "COMPLETED"
+    actions = [getattr(record, "action", "") for record in caplog.records]
+    assert actions.count("heartbeat_refused") == actions.count("announce_lacking") == 1
+    # Those are the two greetings.
+    assert actions.count("link_failed") == 2
+    assert "goodbye_lost" not in actions
+
+
+def test_a_combiner_that_will_not_have_the_client_ends_its_run():
+    with RawServer([], codes={"Announce": ["PERMISSION_DENIED"]}) as server:
+        client = connected(server)
+        with pytest.raises(CallError, match="PERMISSION_DENIED"):
+            client.run()
 
 
 def test_polling_survives_whatever_comes_and_serves_what_can_be_served(caplog):
