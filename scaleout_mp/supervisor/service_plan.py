@@ -6,7 +6,8 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from scaleout_mp.config import Limits, Resources, Sandbox, Settings, Surroundings
-from scaleout_mp.config.checks import require_flag, require_kind
+from scaleout_mp.config.checks import require_flag, require_kind, shown
+from scaleout_mp.config.limits import parse_seconds
 from scaleout_mp.config.resources import parse_gpus, parse_memory_budget
 from scaleout_mp.config.sandbox import LevelName, as_sandbox
 from scaleout_mp.errors import ConfigError
@@ -66,20 +67,25 @@ class ClientOptions:
         gpus: Sequence[int | str] | None,
         resources: Resources | None,
         max_concurrent_tasks: int | None,
+        heartbeat_interval: float | str,
+        goodbye_seconds: float | str,
         inference_concurrency: int,
         inference_idle_time: float | str | None,
         inference_limits: Limits | None,
         **others: Any,
     ) -> Self:
         """Check what a user said; `others` are fields as they are. Raises ConfigError that names the field."""
-        if not others["heartbeat_interval"] > 0:
-            raise ConfigError(f"heartbeat_interval must be above 0 seconds, not {others['heartbeat_interval']!r}")
-        if max_concurrent_tasks is not None and max_concurrent_tasks < 1:
-            raise ConfigError(f"max_concurrent_tasks must be above 0, not {max_concurrent_tasks!r}")
+        heartbeat = parse_seconds(heartbeat_interval, field="heartbeat_interval")
+        if heartbeat <= 0:
+            raise ConfigError(f"heartbeat_interval must be above 0 seconds, not {heartbeat_interval!r}")
+        goodbye = parse_seconds(goodbye_seconds, field="goodbye_seconds")
+        if goodbye < 0:
+            raise ConfigError(f"goodbye_seconds must be at least 0, not {goodbye_seconds!r}")
+        most = default_concurrency() if max_concurrent_tasks is None else max_concurrent_tasks
+        if type(most) is not int or most < 1:
+            raise ConfigError(f"max_concurrent_tasks must be a whole number above 0, not {shown(most)}")
         if start_method not in {"template", "spawn"}:
             raise ConfigError(f'start_method must be "template" or "spawn", not {start_method!r}')
-        if not others["goodbye_seconds"] >= 0:
-            raise ConfigError(f"goodbye_seconds must be at least 0, not {others['goodbye_seconds']!r}")
         check_isolation(isolation)
         require_flag("echo_output", others["echo_output"])
         require_kind(Limits, limits=limits, inference_limits=inference_limits)
@@ -94,7 +100,9 @@ class ClientOptions:
             memory_budget=parse_memory_budget(memory_budget),
             gpus=parse_gpus(gpus),
             resources=resources or Resources(),
-            max_concurrent_tasks=default_concurrency() if max_concurrent_tasks is None else max_concurrent_tasks,
+            max_concurrent_tasks=most,
+            heartbeat_interval=heartbeat,
+            goodbye_seconds=goodbye,
             inference=inference_plan(
                 cache_dir=settings.model_cache_dir,
                 concurrency=inference_concurrency,

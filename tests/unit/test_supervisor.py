@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
 
 import pytest
@@ -360,10 +361,16 @@ class TestRuntime:
         assert client.get_access_token() is None
 
     def test_wrong_arguments_and_a_missing_client(self):
-        wrong = {"heartbeat_interval": 0, "max_concurrent_tasks": 0, "start_method": "fork"}
-        for name, value in wrong.items():
-            with pytest.raises(ConfigError, match=name):
-                GrpcEdgeClientRuntime(settings=Settings(), **{name: value})
+        wrong = {
+            "heartbeat_interval": (0, "soon", None, [], math.nan, math.inf, True),
+            "goodbye_seconds": (-1, "soon", None, math.nan, math.inf),
+            "max_concurrent_tasks": (0, "3", 1.5, True),
+            "start_method": ("fork",),
+        }
+        for name, values in wrong.items():
+            for value in values:
+                with pytest.raises(ConfigError, match=name):
+                    GrpcEdgeClientRuntime(settings=Settings(), **{name: value})
         with pytest.raises(ConfigError, match="no client"):
             GrpcEdgeClientRuntime(settings=Settings()).send_attributes({})
 
