@@ -126,6 +126,8 @@ class ClientService:
         be served.
         """
         with signals_to(self.on_signal):
+            # To the very end: the tasks' grace may be longer than the watchdog's patience.
+            alive = [self._loop.create_task(self._manager.give_signs_of_life(), name="watchdog")]
             try:
                 if not own:
                     self._resources.callbacks.require_any()
@@ -144,6 +146,7 @@ class ClientService:
                 await self._unless_now(self._leave())
             finally:
                 await self._clean_up()
+                await cancelled(alive)
 
     async def _take_over(self) -> None:
         """Go on with what an earlier run of the client left."""
@@ -188,8 +191,6 @@ class ClientService:
         if self._plan.settings.send_telemetry:
             look = vitals.send_machine_telemetry(self._calls, self._outbox, client_id=self._plan.client_id)
             work.append(asyncio.create_task(look, name="telemetry"))
-        if self._manager.watches:
-            work.append(asyncio.create_task(self._manager.give_signs_of_life(), name="watchdog"))
         self._manager.ready()
         try:
             done, _ = await asyncio.wait([*work, self._end], return_when=asyncio.FIRST_COMPLETED)

@@ -47,8 +47,11 @@ class ServiceManager:
         self._say("STOPPING=1\nSTATUS=shutting down")
 
     async def give_signs_of_life(self) -> None:
-        """Tell the watchdog, for ever, that the loop that this runs on turns. Twice in its time, as systemd advises."""
-        while True:
+        """Tell the watchdog, if there is one, that the loop that this runs on turns; for ever.
+
+        Twice in its time, as systemd advises.
+        """
+        while self.watches:
             self._say("WATCHDOG=1")
             await asyncio.sleep(self._watched / 2)
 

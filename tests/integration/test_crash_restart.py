@@ -262,8 +262,12 @@ def test_a_service_manager_hears_that_the_client_is_up_lives_and_ends(net, tmp_p
         with client(net, **told) as program:
             for text in ("READY=1", "STATUS=connected", "WATCHDOG=1"):
                 until(text)
+            net.faults.always("Announce", Fault(delay=1))
             program.send(signal.SIGTERM)
             until("STOPPING=1")
+            heard.clear()
+            # A watchdog does not wait for a goodbye.
+            until("WATCHDOG=1")
             assert program.end(seconds=15) == 0
 
 
