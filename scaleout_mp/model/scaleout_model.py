@@ -255,7 +255,11 @@ class ScaleoutModel:
         """Say whether a signature, as base64 or as `sign` returned it, is this model's."""
         from scaleout_mp.model.signing import verify_digest
 
-        return verify_digest(self._container.content_digest(), public_key, signature)
+        return verify_digest(self.signed_digest(), public_key, signature)
+
+    def signed_digest(self) -> bytes:
+        """Return what a signature signs: a SHA-256 over the contents. Reads the whole model."""
+        return self._container.content_digest()
 
     # The bytes
 

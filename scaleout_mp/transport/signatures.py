@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from scaleout_mp.errors import AuthenticationError, ConfigError, ModelSignatureError, TransportError
+from scaleout_mp.model.signing import verify_digest
 from scaleout_mp.transport.authorized import authorized
 from scaleout_mp.transport.http import HttpTls, endpoint, get_json, post_json
 
@@ -76,12 +77,16 @@ class TrustedSigners:
 
     def signer_of(self, model: ScaleoutModel, signatures: list[Mapping[str, Any]]) -> str | None:
         """Return whose signature a model has; None when there is none that verifies. Reads the whole model."""
+        if not signatures:
+            return None
+        digest = model.signed_digest()
         for signature in signatures[:_MOST]:
             named = signature.get("signer_id")
+            known = isinstance(named, str) and named in self.keys
             for signer, key in self.keys.items():
-                if named not in {None, "", signer} and named in self.keys:
+                if known and named != signer:
                     continue
-                if model.verify_signature(key, signature):
+                if verify_digest(digest, key, signature):
                     return signer
         return None
 
@@ -113,7 +118,7 @@ class SignatureApi:
             raise self._refused(answer, "did not give the signature")
         found = answer.body if isinstance(answer.body, list) else [answer.body]
         # One that says it is another model's is not this one's; the digest decides about all others.
-        return [one for one in found if isinstance(one, Mapping) and one.get("model_id") in {None, "", model_id}]
+        return [one for one in found if isinstance(one, Mapping) and one.get("model_id") in (None, "", model_id)]
 
     def _authorized(self, send: Any) -> Answer:
         return authorized(send, tokens=self._tokens, scheme=self._settings.auth_scheme)

@@ -364,6 +364,19 @@ def test_a_wanted_signature_is_not(net, keys, caplog):
     assert "cannot be found out" in caplog.text
 
 
+def test_signatures_that_are_none_are_passed_over(keys):
+    odd = [
+        {"signer_id": []},
+        {"signer_id": {}, "signature": 3},
+        {"algorithm": [], "signature": "x"},
+        {"signature": "="},
+    ]
+    with ScaleoutModel.from_training_model([np.zeros(3)]) as model:
+        signers = TrustedSigners(keys=keys.trusted)
+        assert signers.signer_of(model, odd) is None
+        assert signers.signer_of(model, [*odd, model.sign(keys.alice)]) == "alice"
+
+
 def test_a_signature_that_the_server_does_not_take_is_one_line(net):
     client = EdgeClient(runtime=GrpcEdgeClientRuntime(settings=Settings()))
     with pytest.raises(ConfigError, match="API's URL"):
