@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import logging
 from typing import TYPE_CHECKING, Any, Final
+
+from google.protobuf.message import DecodeError
 
 from scaleout_mp.supervisor.taskbook import REMEMBERED, TaskStatus
 from scaleout_mp.wire import edge_pb2 as pb
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from scaleout_mp.transport.journal import Journal
+
+logger = logging.getLogger(__name__)
 
 _RECEIVED: Final = (
     "INSERT INTO tasks(correlation_id, number, state, request)"
@@ -26,6 +31,7 @@ _REFUSED: Final = "UPDATE tasks SET error = ? WHERE correlation_id = ?"
 _ENDED: Final = "UPDATE tasks SET state = ?, result = '', status = ?, response = ? WHERE correlation_id = ?"
 _TOLD: Final = "UPDATE tasks SET state = ?, request = x'', status = ?, response = ? WHERE correlation_id = ?"
 _FORGET: Final = "DELETE FROM tasks WHERE state = ? AND number <= (SELECT max(number) FROM tasks) - ?"
+_UNREADABLE: Final = "DELETE FROM tasks WHERE correlation_id = ?"
 _ALL: Final = "SELECT correlation_id, state, request, status, response, result, error FROM tasks ORDER BY number"
 
 
@@ -107,21 +113,47 @@ class TaskJournal:
         """Return the tasks of earlier runs, in the order in which they came."""
         if self._journal is None:
             return []
-        return [
-            KnownTask(
-                correlation_id=correlation_id,
-                stage=TaskStage(stage),
-                request=pb.TaskRequest.FromString(request),
-                status=status,
-                response=response,
-                result=json.loads(result or "{}"),
-                error=error,
-            )
-            for correlation_id, stage, request, status, response, result, error in await self._journal.rows(_ALL)
-        ]
+        known = []
+        for row in await self._journal.rows(_ALL):
+            correlation_id = row[0]
+            try:
+                known.append(_known_task(row))
+            except (ValueError, KeyError, TypeError, DecodeError) as error:
+                # A client that does not start would be worse: it would never start again.
+                logger.error(  # noqa: TRY400 - the line says it all
+                    "what %s has of task %s cannot be read (%s: %s); it is forgotten",
+                    self._journal.path,
+                    correlation_id,
+                    type(error).__name__,
+                    error,
+                    extra={"action": "task_unreadable", "task_id": correlation_id},
+                )
+                self._write(_UNREADABLE, correlation_id)
+        return known
 
     def _write(self, statement: str, *row: Any, vital: bool = True) -> None:
         if self._journal is not None:
             # The enums are strings, but not of the type that sqlite3 binds.
             plain = tuple(str(value) if isinstance(value, enum.Enum) else value for value in row)
             self._journal.write(statement, plain, vital=vital)
+
+
+def _known_task(row: tuple[Any, ...]) -> KnownTask:
+    """Return the task of a row of `_ALL`. Raises ValueError, KeyError, TypeError and DecodeError."""
+    correlation_id, stage, request, status, response, result, error = row
+    task = KnownTask(
+        correlation_id=correlation_id,
+        stage=TaskStage(stage),
+        request=pb.TaskRequest.FromString(request),
+        status=status,
+        response=response,
+        result=json.loads(result or "{}"),
+        error=error,
+    )
+    if task.stage in {TaskStage.ENDED, TaskStage.TOLD}:
+        TaskStatus(status)
+    elif task.request.correlation_id != correlation_id:
+        raise ValueError("its request is another task's")
+    if task.stage is TaskStage.RESULT and not isinstance(task.result["meta"] | {}, dict):
+        raise TypeError("its result has no metadata")
+    return task

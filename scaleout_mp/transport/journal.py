@@ -54,6 +54,12 @@ CREATE TABLE IF NOT EXISTS tasks(
     status TEXT NOT NULL DEFAULT '', response TEXT NOT NULL DEFAULT '', result TEXT NOT NULL DEFAULT '', error TEXT
 );
 """
+#: What each table must have.
+_COLUMNS: Final = {
+    "results": {"id", "lane", "kind", "packed"},
+    "records": {"lane", "id", "kind", "packed"},
+    "tasks": {"correlation_id", "number", "state", "request", "status", "response", "result", "error"},
+}
 
 
 @dataclasses.dataclass(slots=True)
@@ -275,6 +281,9 @@ class _Writer:
         if version not in {0, _VERSION}:
             raise sqlite3.OperationalError(f"it was written by a newer version of this package ({version})")
         self._file.executescript(f"BEGIN IMMEDIATE;{_LAYOUT}PRAGMA user_version={_VERSION};COMMIT;")
+        for table, columns in _COLUMNS.items():
+            if {name for _, name, *_ in execute(f"PRAGMA table_info({table})")} != columns:
+                raise sqlite3.DatabaseError(f"its table {table} is another program's")
         execute("SELECT count(*) FROM results").fetchone()
 
     def apply(self, writes: list[_Write], *, sync: bool) -> list[Ticket]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import TYPE_CHECKING, Final
 
 from scaleout_mp.transport.message import MessageClass, MessageKind, Ticket
@@ -12,11 +13,16 @@ if TYPE_CHECKING:
 
     from scaleout_mp.transport.journal import Journal
 
+logger = logging.getLogger(__name__)
+
+_KINDS: Final = frozenset(MessageKind.__members__)
+
 _INSERT_RESULT: Final = "INSERT OR REPLACE INTO results(lane, id, kind, packed) VALUES(?, ?, ?, ?)"
 _INSERT_RECORD: Final = "INSERT OR REPLACE INTO records(lane, id, kind, packed) VALUES(?, ?, ?, ?)"
 _DELETE_RESULT: Final = "DELETE FROM results WHERE id = ?"
 _DELETE_RECORD: Final = "DELETE FROM records WHERE lane = ? AND id = ?"
 _DELETE_RECORDS: Final = "DELETE FROM records WHERE lane = ?"
+_DELETE_KIND: Final = ("DELETE FROM results WHERE kind = ?", "DELETE FROM records WHERE kind = ?")
 _PAGE: Final = "SELECT id, kind, packed FROM records WHERE lane = ? AND id > ? ORDER BY id LIMIT ?"
 _LEFT_RESULTS: Final = "SELECT id, lane, kind, packed FROM results ORDER BY id"
 _LEFT_RECORDS: Final = "SELECT lane, kind, count(*), sum(length(packed)), max(id) FROM records GROUP BY lane, kind"
@@ -64,19 +70,37 @@ class MessageTable:
         """Have `then` called on the loop with the records of a lane that follow the one with the id `after`."""
 
         def on_rows(rows: list[tuple[int, str, bytes]]) -> None:
-            then([Ticket(number, lane, MessageKind[kind], packed, stored=True) for number, kind, packed in rows])
+            then([self._ticket(number, lane, kind, packed) for number, kind, packed in rows if kind in _KINDS])
 
         self._journal.read(_PAGE, (lane, after, count), on_rows)
 
     async def left_results(self) -> list[Ticket]:
         """Return the results and statuses that an earlier run left, in order."""
         rows = await self._journal.rows(_LEFT_RESULTS)
-        return [Ticket(number, lane, MessageKind[kind], packed, stored=True) for number, lane, kind, packed in rows]
+        self._forget_unknown({kind for *_, kind, _ in rows})
+        return [self._ticket(number, lane, kind, packed) for number, lane, kind, packed in rows if kind in _KINDS]
 
     async def left_records(self) -> list[LeftRecords]:
         """Return how many records an earlier run left."""
         rows = await self._journal.rows(_LEFT_RECORDS)
+        self._forget_unknown({kind for _, kind, *_ in rows})
         return [
             LeftRecords(lane=lane, rank=MessageKind[kind].message_class, count=count, bytes=size, last_id=last)
             for lane, kind, count, size, last in rows
+            if kind in _KINDS
         ]
+
+    def _ticket(self, number: int, lane: str, kind: str, packed: bytes) -> Ticket:
+        return Ticket(number, lane, MessageKind[kind], packed, stored=True)
+
+    def _forget_unknown(self, kinds: set[str]) -> None:
+        """Forget messages that this version of the package does not know, or that are damaged: they cannot be sent."""
+        for kind in kinds - _KINDS:
+            logger.error(
+                "%s has messages of a kind that nobody knows (%s); they are forgotten",
+                self.path,
+                kind,
+                extra={"action": "messages_unknown"},
+            )
+            for statement in _DELETE_KIND:
+                self._journal.write(statement, (kind,))

@@ -10,6 +10,7 @@ import sqlite3
 import pytest
 
 from scaleout_mp.errors import StateError
+from scaleout_mp.supervisor.task_journal import TaskJournal
 from scaleout_mp.transport.backoff import Backoff
 from scaleout_mp.transport.journal import Journal
 from scaleout_mp.transport.lane import HELD
@@ -232,6 +233,48 @@ def test_a_damaged_file_is_put_aside_and_said_so(tmp_path, caplog):
     assert asyncio.run(scenario())
     assert (tmp_path / "journal.db.damaged").read_bytes().startswith(b"this is no database")
     assert "damaged" in caplog.text
+
+
+@pytest.mark.parametrize("table", ["results", "records", "tasks"])
+def test_a_file_of_another_program_is_put_aside(tmp_path, table):
+    with contextlib.closing(sqlite3.connect(tmp_path / "journal.db")) as file:
+        file.execute(f"CREATE TABLE {table}(id, mine)")
+
+    async def scenario():
+        async with opened(tmp_path / "journal.db") as journal:
+            journal.write(INSERT, (1, b""))
+            assert await journal.synced()
+
+    asyncio.run(scenario())
+    assert (tmp_path / "journal.db.damaged").exists()
+
+
+def test_rows_that_make_no_sense_are_forgotten_and_the_others_are_not(tmp_path, caplog):
+    request = pb.TaskRequest(correlation_id="good").SerializeToString()
+
+    async def scenario():
+        async with opened(tmp_path / "journal.db") as journal:
+            rows = [
+                ("stage", "dancing", b"", "", ""),
+                ("request", "received", b"\xff\xff", "", ""),
+                ("result", "result", pb.TaskRequest(correlation_id="result").SerializeToString(), "", "{"),
+                ("bare", "result", pb.TaskRequest(correlation_id="bare").SerializeToString(), "", "{}"),
+                ("status", "told", b"", "DANCED", ""),
+                ("other", "received", request, "", ""),
+                ("good", "received", request, "", ""),
+            ]
+            for row in rows:
+                journal.write("INSERT INTO tasks VALUES(?, 1, ?, ?, ?, '', ?, NULL)", row)
+            journal.write("INSERT INTO results VALUES(3, 't', 'NONE', x'00')", ())
+            journal.write("INSERT INTO records VALUES('t', 4, 'NONE', x'00')", ())
+            journal.write(INSERT, (5, pb.Status(status="s").SerializeToString()))
+            assert [task.correlation_id for task in await TaskJournal(journal).known()] == ["good"]
+            assert await box(Calls(), journal).load() == 1
+            left = "SELECT (SELECT count(*) FROM tasks), (SELECT count(*) FROM records), (SELECT count(*) FROM results)"
+            return await journal.rows(left)
+
+    assert asyncio.run(scenario()) == [(1, 0, 1)]
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 7
 
 
 def test_a_folder_that_is_not_there_is_a_state_error(tmp_path):
