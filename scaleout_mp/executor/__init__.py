@@ -8,7 +8,7 @@ from scaleout_mp.executor.plan import Outcome
 from scaleout_mp.executor.residents import SetUp, WorkerSpec
 from scaleout_mp.executor.task_executor import Task, TaskExecutor
 from scaleout_mp.executor.worker_handle import Worker
-from scaleout_mp.ipc.arguments import PreparedCallable
+from scaleout_mp.ipc.callables import PreparedCallable
 
 __all__ = [
     "Child",

@@ -23,8 +23,8 @@ from scaleout_mp.executor.scheduling import NOTHING, Demand, Ledger, Line, Place
 from scaleout_mp.executor.scratch import ScratchKeeper
 from scaleout_mp.executor.states import MAX_STATE, StateStore
 from scaleout_mp.executor.template import StartMethod, TemplateLauncher, TemplatePlace
-from scaleout_mp.ipc import arguments
-from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
+from scaleout_mp.ipc import arguments, callables
+from scaleout_mp.ipc.callables import PreparedCallable
 from scaleout_mp.sandbox import environment
 from scaleout_mp.sandbox.cgroup import MemoryGroups, remove_left_over
 from scaleout_mp.sandbox.confinement import TEMP_VARIABLES
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from scaleout_mp.executor.interpreter import Interpreter
     from scaleout_mp.executor.launcher import Launcher
     from scaleout_mp.executor.residents import WorkerSpec
+    from scaleout_mp.ipc.arguments import PackedArguments
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ class ExecutorCore:
     @staticmethod
     def prepare(function: Callable[..., Any]) -> PreparedCallable:
         """Pickle a callable once, for many tasks. Raises CallbackNotSendable that names the culprit."""
-        return arguments.prepare(function)
+        return callables.prepare(function)
 
     def submit(
         self,
@@ -192,7 +193,7 @@ class ExecutorCore:
         Raises CallbackNotSendable, ValueNotSendable, and ConfigError that names the field.
         """
         check_order(limits=limits, resources=resources, name=name, state=state)
-        call = function if isinstance(function, PreparedCallable) else arguments.prepare(function)
+        call = function if isinstance(function, PreparedCallable) else callables.prepare(function)
         return self.submit_packed(
             call,
             arguments.pack(args, kwargs),

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.errors import LauncherError, ProtocolViolation
 from scaleout_mp.executor import ladder
+from scaleout_mp.executor.answer import Answer
 from scaleout_mp.executor.launcher import Child, Launcher, StartOrder
 from scaleout_mp.executor.lines import TaskLines
 from scaleout_mp.executor.plan import Outcome
 from scaleout_mp.executor.report import Evidence, StopCause, make_report
 from scaleout_mp.executor.watches import Watches
-from scaleout_mp.ipc import frames, messages, values
+from scaleout_mp.ipc import frames, messages
 from scaleout_mp.ipc.channel import close_all
 from scaleout_mp.ipc.frames import Frame, Kind
 from scaleout_mp.sandbox import memory, tree
@@ -74,12 +75,7 @@ class Execution:
         self._life = TaskLife()
         self._tag = tree.new_tag()
         self._evidence = Evidence(task_id=plan.task_id, name=plan.name, limits=plan.limits)
-        self._value: Any = None
-        self._result_came = False
-        #: The task says that nothing of it refers to the memory that was lent for its arguments.
-        self._lent_back = False
-        #: The result is in and is being checked.
-        self._reading: asyncio.Task[Any] | None = None
+        self._answer = Answer(self._evidence, max_model_size=plan.max_model_size, on_violation=self._on_closed)
         self._watches: Watches | None = None
         self._group: MemoryGroup | None = None
         #: Path of the task's own folder; empty before there is one.
@@ -325,8 +321,7 @@ class Execution:
             self._evidence.strays_killed = await ladder.sweep(self._tag)
         # What was in the socket before the end counts, however the end came.
         lines.channel.drain()
-        if self._reading is not None:
-            await asyncio.wait([self._reading])
+        await self._answer.checked()
 
     def _watch_process(self, watches: Watches, child: Child, pid: int) -> None:
         watches.process_runs(pid, child.lookout)
@@ -440,47 +435,20 @@ class Execution:
                 close_all(frame.descriptors)
                 raise ProtocolViolation("a PROGRESS frame came with descriptors")
             return
-        if self._result_came or self._reading is not None or self._evidence.failure is not None:
+        if self._answer.came:
             close_all(frame.descriptors)
             raise ProtocolViolation(f"a {frame.kind.name} frame came after the task's end")
         if frame.kind is Kind.RESULT:
-            self._take_result(frame)
+            self._answer.take_result(frame)
+            self._hurry_exit()
         elif frame.kind is Kind.STATE and self._plan.state is not None:
             self._plan.state.receive(frame)
         elif frame.kind is Kind.FAILURE:
-            self._evidence.failure = messages.parse_failure(frame)
+            self._answer.take_failure(frame)
             self._hurry_exit()
         else:
             close_all(frame.descriptors)
             raise ProtocolViolation(f"a task sent {frame.kind.name}")
-
-    def _take_result(self, frame: Frame) -> None:
-        table = frame.fields[0] if frame.fields and frame.fields[1:] in ([], [True]) else None
-        self._lent_back = len(frame.fields) > 1
-        most = self._plan.max_model_size
-        if frame.descriptors:
-            # On a thread: checking a large model takes as long as reading it.
-            reading = asyncio.to_thread(values.decode, table, frame.descriptors, max_model_size=most)
-            self._reading = self._loop.create_task(reading)
-            self._reading.add_done_callback(self._on_result)
-        else:
-            value = values.decode(table, [], max_model_size=most)
-            if self._evidence.stop is None:
-                self._value = value
-                self._evidence.has_result = True
-            self._result_came = True
-        self._hurry_exit()
-
-    def _on_result(self, reading: asyncio.Task[Any]) -> None:
-        error = reading.exception()
-        if isinstance(error, ProtocolViolation):
-            self._on_closed(error)
-        elif error is not None:
-            # Out of descriptors or memory here: the result is lost, which is not the task's fault but its end.
-            self._evidence.launcher_problem = f"its result could not be taken: {error}"
-        elif self._evidence.stop is None:
-            self._value = reading.result()
-            self._evidence.has_result = True
 
     def _on_record(self, record: Record) -> None:
         if isinstance(record, LogLine):
@@ -517,9 +485,10 @@ class Execution:
                 report.explain(),
                 extra={"action": "task_ended", "task_id": self.task_id, "reason": report.reason.value},
             )
+        # Whoever awaits the outcome owns the result: no cycle may keep its memory until a collection.
+        value = self._answer.give()
         if not self._outcome.done():
             self._outcome.set_result(
-                Outcome(report=report, value=self._value if report.completed else None, lent_back=self._lent_back)
+                Outcome(report=report, value=value if report.completed else None, lent_back=self._answer.lent_back)
             )
-        # Whoever awaits the outcome owns the result now: no cycle may keep its memory until a collection.
-        self._value = self._reading = self._lines = self._watches = self._child = self._stopping = None
+        self._lines = self._watches = self._child = self._stopping = None

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from scaleout_mp.executor.interpreter import Interpreter
     from scaleout_mp.executor.lookout import LookoutLine
-    from scaleout_mp.ipc.arguments import PreparedCallable
+    from scaleout_mp.ipc.callables import PreparedCallable
     from scaleout_mp.sandbox.confinement import Confinement
 
 

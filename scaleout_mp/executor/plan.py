@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from scaleout_mp.executor.scheduling import Holding
     from scaleout_mp.executor.scratch import ScratchKeeper
     from scaleout_mp.executor.states import StateSlot
-    from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
+    from scaleout_mp.ipc.arguments import PackedArguments
+    from scaleout_mp.ipc.callables import PreparedCallable
     from scaleout_mp.sandbox.cgroup import MemoryGroup, MemoryGroups
     from scaleout_mp.task import ExitReport, Record, TaskState
 

@@ -247,8 +247,7 @@ class ResidentExecution(Execution):
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if self._stopping is not None:
             await self._stopping
-        if self._reading is not None:
-            await asyncio.wait([self._reading])
+        await self._answer.checked()
         if self._clock is None:
             with contextlib.suppress(OSError):
                 self._clock = memory.ProcessorClock(child.started.result().pid)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from scaleout_mp.executor.lines import TaskLines
     from scaleout_mp.executor.report import StopCause
     from scaleout_mp.executor.scratch import ScratchKeeper
-    from scaleout_mp.ipc.arguments import PackedArguments, PreparedCallable
+    from scaleout_mp.ipc.arguments import PackedArguments
+    from scaleout_mp.ipc.callables import PreparedCallable
     from scaleout_mp.ipc.frames import Frame
     from scaleout_mp.sandbox.cgroup import MemoryGroup
     from scaleout_mp.sandbox.memory import ProcessorClock

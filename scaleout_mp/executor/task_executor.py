@@ -16,7 +16,7 @@ from scaleout_mp.executor.record_queue import RecordQueue
 from scaleout_mp.executor.residents import IDLE_SECONDS
 from scaleout_mp.executor.states import MAX_STATE
 from scaleout_mp.executor.worker_handle import Worker, WorkerOptions, check_isolation, pack_set_up
-from scaleout_mp.ipc import arguments
+from scaleout_mp.ipc import arguments, callables
 from scaleout_mp.task import AbortOrigin, ExitReport, Record, TaskState
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from scaleout_mp.executor.residents import WorkerSpec
     from scaleout_mp.executor.template import StartMethod
     from scaleout_mp.executor.worker_handle import Isolation
-    from scaleout_mp.ipc.arguments import PreparedCallable
+    from scaleout_mp.ipc.callables import PreparedCallable
 
 #: Seconds for killing what runs, when nobody wants to wait.
 _KILL_SECONDS: Final = 5.0
@@ -222,7 +222,7 @@ class TaskExecutor:
         check_order(limits=limits, resources=resources, name=name, state=state)
         loop = self._open()
         # Pickled here: a large closure must not hold up the loop, and errors belong to the caller.
-        call = arguments.prepare(function)
+        call = callables.prepare(function)
         packed = arguments.pack(args, kwargs)
         spec = self._worker_spec(worker, call)
         task = Task(loop, uuid.uuid4().hex, name or call.name)

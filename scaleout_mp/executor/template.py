@@ -28,15 +28,13 @@ from scaleout_mp.sandbox.layers import Rules
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
-    from scaleout_mp.ipc.arguments import PreparedCallable
+    from scaleout_mp.ipc.callables import PreparedCallable
 
 logger = logging.getLogger(__name__)
 
 StartMethod = Literal["template", "spawn"]
 
 _CLOSE_SECONDS: Final = 5.0
-#: Callables of at most this many bytes travel in the frame, larger ones in a memfd.
-_INLINE_CALLABLE: Final = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -348,16 +346,7 @@ def send_callable(channel: SupervisorChannel, keys: dict[str, str], call: Prepar
     keys[call.key] = call.name
     while len(keys) > MAX_LOADED:
         del keys[next(iter(keys))]
-    if len(call.pickled) <= _INLINE_CALLABLE:
-        channel.send(frames.encode(Kind.LOAD, call.key, call.pickled))
-        return
-    descriptor = os.memfd_create("scaleout-callable", os.MFD_CLOEXEC)
-    with open(descriptor, "r+b", buffering=0) as file:
-        view = memoryview(call.pickled)
-        while view:
-            view = view[file.write(view) :]
-        file.seek(0)
-        channel.send(frames.encode(Kind.LOAD, call.key, None, descriptors=1), [descriptor])
+    channel.send(*call.load_frame())
 
 
 async def _ended(process: subprocess.Popen[bytes]) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from scaleout_mp.config.limits import parse_seconds
 from scaleout_mp.errors import ConfigError
 from scaleout_mp.executor.residents import IDLE_SECONDS, SetUp, WorkerSpec
-from scaleout_mp.ipc import arguments
+from scaleout_mp.ipc import arguments, callables
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -92,4 +92,4 @@ def pack_set_up(
     """Pickle the call that a worker is set up with. Raises CallbackNotSendable and ValueNotSendable."""
     if function is None:
         return None
-    return SetUp(call=arguments.prepare(function), arguments=arguments.pack(args, kwargs or {}))
+    return SetUp(call=callables.prepare(function), arguments=arguments.pack(args, kwargs or {}))

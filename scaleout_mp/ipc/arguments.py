@@ -1,4 +1,4 @@
-"""Callables and their arguments, on the way from the supervisor into a child.
+"""Arguments on the way from the supervisor into a child.
 
 Pickle goes this way only: a child may trust its supervisor, never the reverse. Models pass as descriptors, large
 buffers through a memfd that the child maps copy-on-write.
@@ -8,111 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import io
 import os
 import pickle
-import types
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
-from scaleout_mp.errors import CallbackNotSendable, ValueNotSendable
+from scaleout_mp.errors import ValueNotSendable
 from scaleout_mp.ipc import segments, values
+from scaleout_mp.ipc.callables import OutOfBand, one_line, pickles
 from scaleout_mp.ipc.channel import close_all
 from scaleout_mp.ipc.frames import MAX_DESCRIPTORS
 from scaleout_mp.ipc.lent import LEND_FROM, Borrowed, LentMemory
 from scaleout_mp.model import ScaleoutModel
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
 #: Behind a table that was not pickled, and of one in memory that is used again.
 _PLAIN: Final = "plain"
 _LENT: Final = "lent"
-#: Buffers below this many bytes are pickled in place.
-_OUT_OF_BAND: Final = 1 << 14
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PreparedCallable:
-    """A callable, pickled once, that any number of tasks can run."""
-
-    #: Digest of the pickle: equal keys mean equal callables.
-    key: str
-    #: Qualified name, for people.
-    name: str
-    pickled: bytes
-
-
-def prepare(function: Callable[..., Any]) -> PreparedCallable:
-    """Pickle a callable. Raises CallbackNotSendable, which names what inside it cannot be sent."""
-    import cloudpickle
-
-    name = callable_name(function)
-    if not callable(function):
-        raise CallbackNotSendable(f"{name} is not callable", callback=name)
-    try:
-        pickled = cloudpickle.dumps(function)
-    except Exception as error:
-        # Past our own wrapper, to what the user knows.
-        culprit = _find_culprit(getattr(function, "callback", function))
-        raise CallbackNotSendable(
-            f"callback {name} cannot be sent to a task process: it captures {culprit} ({_one_line(error)}). "
-            "Create such objects inside the callback, or in a module that it imports.",
-            callback=name,
-            culprit=culprit,
-        ) from error
-    return PreparedCallable(key=hashlib.blake2b(pickled, digest_size=16).hexdigest(), name=name, pickled=pickled)
-
-
-def callable_name(function: Any) -> str:
-    """Return what people call a callable: `module.qualname`, without `__main__`."""
-    inner = getattr(function, "callback", function)
-    name = getattr(inner, "__qualname__", None) or type(inner).__qualname__
-    module = getattr(inner, "__module__", None)
-    return name if module in {None, "__main__"} else f"{module}.{name}"
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
-
-
-def _pickles(value: Any) -> bool:
-    import cloudpickle
-
-    try:
-        cloudpickle.dumps(value)
-    except Exception:  # noqa: BLE001 - any error of a user's __reduce__ means: it does not
-        return False
-    return True
-
-
-def _captured(value: Any) -> dict[str, Any]:
-    """Return what a callable or object refers to, by the name a user knows it by."""
-    if isinstance(value, types.MethodType):
-        return {"self": value.__self__, "function": value.__func__}
-    if isinstance(value, types.FunctionType):
-        cells = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=False))
-        captured = {name: cell.cell_contents for name, cell in cells.items() if cell != types.CellType()}
-        captured |= {name: value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__}
-        return captured | {f"default {index}": default for index, default in enumerate(value.__defaults__ or ())}
-    if isinstance(value, Mapping):
-        return {f"[{key!r}]": item for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return {f"[{index}]": item for index, item in enumerate(value)}
-    return dict(getattr(value, "__dict__", {}))
-
-
-def _find_culprit(function: Any, most: int = 8) -> str:
-    """Walk down to the innermost thing that does not pickle and return its path and type."""
-    path = []
-    value = function
-    for _ in range(most):
-        bad = next(((name, item) for name, item in _captured(value).items() if not _pickles(item)), None)
-        if bad is None:
-            break
-        name, value = bad
-        path.append(name)
-    where = "".join(part if part.startswith("[") else f".{part}" for part in path).lstrip(".") or "something"
-    return f"{where}, a {type(value).__module__}.{type(value).__qualname__}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,9 +64,9 @@ class PackedArguments:
 def pack(args: Sequence[Any], kwargs: Mapping[str, Any]) -> PackedArguments:
     """Pickle arguments. Raises ValueNotSendable that names the argument."""
     models: list[ScaleoutModel] = []
-    buffers: list[memoryview] = []
+    buffers = OutOfBand()
     pickled = _pickle((tuple(args), dict(kwargs)), models, buffers)
-    table, memory = segments.store([pickled, *buffers])
+    table, memory = segments.store([pickled, *buffers.views])
     if len(models) >= MAX_DESCRIPTORS:
         raise ValueNotSendable(f"a task takes at most {MAX_DESCRIPTORS - 1} models, not {len(models)}")
     # Copies: the caller may close its models while the task still waits for its turn.
@@ -219,25 +133,18 @@ def _pickler_class() -> Any:
     return Pickler
 
 
-def _pickle(value: tuple[Any, ...], models: list[ScaleoutModel], buffers: list[memoryview]) -> bytes:
-    def keep_in_place(buffer: pickle.PickleBuffer) -> bool:
-        view = buffer.raw()
-        if view.nbytes < _OUT_OF_BAND or len(buffers) >= segments.MAX_SEGMENTS - 1:
-            return True
-        buffers.append(view)
-        return False
-
+def _pickle(value: tuple[Any, ...], models: list[ScaleoutModel], buffers: OutOfBand) -> bytes:
     file = io.BytesIO()
     try:
-        _pickler_class()(models, file, protocol=5, buffer_callback=keep_in_place).dump(value)
+        _pickler_class()(models, file, protocol=5, buffer_callback=buffers.keep_in_place).dump(value)
     except Exception as error:
         args, kwargs = value
         named = {f"argument {index}": item for index, item in enumerate(args)} | kwargs
         culprit = next(
-            (name for name, item in named.items() if not _is_model(item) and not _pickles(item)),
+            (name for name, item in named.items() if not _is_model(item) and not pickles(item)),
             "an argument",
         )
-        raise ValueNotSendable(f"{culprit} cannot be sent to a task process: {_one_line(error)}") from error
+        raise ValueNotSendable(f"{culprit} cannot be sent to a task process: {one_line(error)}") from error
     return file.getvalue()
 
 

@@ -58,11 +58,14 @@ def _load(table: Any, descriptor: int | None) -> list[memoryview]:
         raise ProtocolViolation("a segment has a size that is none")
     verify_sealed(descriptor)
     total = os.fstat(descriptor).st_size
-    if sum(size + -size % ALIGNMENT for size in table) != total:
+    memory = mmap.mmap(descriptor, total, access=mmap.ACCESS_COPY) if total else bytearray()
+    return split(table, memoryview(memory))
+
+
+def split(table: Sequence[int], view: memoryview) -> list[memoryview]:
+    """Return the segments that lie in `view`, by a table of their sizes. Raises ProtocolViolation when they do not."""
+    if sum(size + -size % ALIGNMENT for size in table) != view.nbytes:
         raise ProtocolViolation("segments do not fill the memory that came with them")
-    if total == 0:
-        return [memoryview(bytearray()) for _ in table]
-    view = memoryview(mmap.mmap(descriptor, total, access=mmap.ACCESS_COPY))
     segments = []
     start = 0
     for size in table:

@@ -230,7 +230,7 @@ class PackageCallbacks(Callbacks):
             client_id=client_id,
         )
         key, pickled = order.pickled()
-        return PreparedCallable(key=key, name=f"package {self._source.name}", pickled=pickled)
+        return PreparedCallable.of(pickled, key=key, name=f"package {self._source.name}")
 
     async def _ask(self, call: PreparedCallable) -> dict[str, str]:
         """Have the package loaded and say what it can do. Raises PackageError with how it went wrong."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import os
-import pickle
 import sys
 import threading
 import traceback
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from scaleout_mp.errors import ChannelError, ProtocolViolation, StoppedException
 from scaleout_mp.ipc import frames
+from scaleout_mp.ipc.callables import SentCallable
 from scaleout_mp.ipc.frames import MAX_LOADED, Frame, Kind
 from scaleout_mp.worker import task
 from scaleout_mp.worker.context import ChannelContext, enter
@@ -153,7 +152,7 @@ def _serve(channel: ChildChannel, callables: _Callables, confinement: Confinemen
     while (frame := channel.receive()) is not None:
         match frame.kind:
             case Kind.LOAD:
-                callables.keep(frame.fields[0], functools.partial(pickle.loads, _pickle_in(frame)))
+                callables.keep(frame.fields[0], SentCallable.from_frame(frame).load)
             case Kind.TASK:
                 code = _serve_task(channel, callables, confinement, frame)
                 if os.getpid() != own:
@@ -174,10 +173,3 @@ def _serve_task(channel: ChildChannel, callables: _Callables, confinement: Confi
     enter(context, log_level=confinement.log_level)
     call = task.Call(channel, context, lambda: callables.load(key), lambda _: None)
     return task.run_callable(call, packed, frame.descriptors)
-
-
-def _pickle_in(frame: Frame) -> bytes:
-    if not frame.descriptors:
-        return bytes(frame.fields[1])
-    with open(frame.descriptors[0], "rb") as file:
-        return file.read()

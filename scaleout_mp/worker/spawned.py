@@ -1,7 +1,8 @@
 """The `spawn` start method: a fresh interpreter for one task.
 
 Run by the template as `python -m scaleout_mp.worker.spawned`, with the task's channel as descriptor 3 and, in a memfd
-as descriptor 5, the module search path, the pickled callable and what the process has to put on.
+as descriptor 5, the module search path, the pickled callable and what the process has to put on. What the callable
+captured, where it is large, is descriptor 6.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import dataclasses
 import faulthandler
 import fcntl
 import os
-import pickle
 import sys
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 import msgpack
 
 from scaleout_mp.config.machine import THREAD_VARIABLES
+from scaleout_mp.ipc.callables import SentCallable
 from scaleout_mp.sandbox import process
 from scaleout_mp.sandbox.confinement import Confinement
 from scaleout_mp.sandbox.layers import OwnLayers
@@ -25,9 +26,10 @@ from scaleout_mp.worker.script import Script
 from scaleout_mp.worker.task import CHANNEL_DESCRIPTOR
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 _ORDER_DESCRIPTOR: Final = process.STACK_DESCRIPTOR + 1
+_MEMORY_DESCRIPTOR: Final = _ORDER_DESCRIPTOR + 1
 #: Above the descriptors that the new process gets, so that no move overwrites another's source.
 _HIGH: Final = 64
 
@@ -37,19 +39,24 @@ class Program:
     """What a fresh interpreter needs beside its confinement."""
 
     script: Script
-    pickled: bytes
+    callable: SentCallable
     own: OwnLayers
 
     def to_fields(self) -> dict[str, Any]:
         """Return what is packed for the interpreter."""
-        return {"script": dataclasses.asdict(self.script), "pickled": self.pickled, "own": self.own.to_fields()}
+        return {
+            "script": dataclasses.asdict(self.script),
+            "callable": self.callable.table,
+            "memory": self.callable.fileno() is not None,
+            "own": self.own.to_fields(),
+        }
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Self:
-        """Read what `to_fields` returned."""
+        """Read what `to_fields` returned, in the interpreter that was started with it."""
         return cls(
             script=Script(**fields["script"]),
-            pickled=fields["pickled"],
+            callable=SentCallable(fields["callable"], _MEMORY_DESCRIPTOR if fields["memory"] else None),
             own=OwnLayers.from_fields(fields["own"]),
         )
 
@@ -64,8 +71,10 @@ def start_interpreter(descriptors: Sequence[int], confinement: Confinement, prog
     try:
         packed = msgpack.packb([os.getpid(), confinement.to_fields(), program.to_fields()])
         _write_all(order, packed)
-        high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _HIGH) for descriptor in (*descriptors, order)]
-        channel, stdout, stderr, stacks, moved_order = high
+        memory = program.callable.fileno()
+        given = (*descriptors, order) if memory is None else (*descriptors, order, memory)
+        high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _HIGH) for descriptor in given]
+        channel, stdout, stderr, stacks, moved_order, *moved_memory = high
         return os.posix_spawn(
             sys.executable,
             [sys.executable, "-m", "scaleout_mp.worker.spawned"],
@@ -77,6 +86,7 @@ def start_interpreter(descriptors: Sequence[int], confinement: Confinement, prog
                 (os.POSIX_SPAWN_DUP2, channel, CHANNEL_DESCRIPTOR),
                 (os.POSIX_SPAWN_DUP2, stacks, process.STACK_DESCRIPTOR),
                 (os.POSIX_SPAWN_DUP2, moved_order, _ORDER_DESCRIPTOR),
+                *((os.POSIX_SPAWN_DUP2, moved, _MEMORY_DESCRIPTOR) for moved in moved_memory),
             ],
         )
     finally:
@@ -96,10 +106,11 @@ def main() -> NoReturn:
         # The descriptor shares its offset with the template's, which stands at the end.
         file.seek(0)
         template, confinement_fields, program_fields = msgpack.unpackb(file.read())
-    for descriptor in (CHANNEL_DESCRIPTOR, process.STACK_DESCRIPTOR):
-        os.set_inheritable(descriptor, False)
     confinement = Confinement(**confinement_fields)
     program = Program.from_fields(program_fields)
+    memory = program.callable.fileno()
+    for descriptor in (CHANNEL_DESCRIPTOR, process.STACK_DESCRIPTOR, *([] if memory is None else [memory])):
+        os.set_inheritable(descriptor, False)
     process.reset_signals(process.changed_signals())
     faulthandler.enable(file=2)
     os.setsid()
@@ -109,13 +120,8 @@ def main() -> NoReturn:
     program.own.put_on_early()
     confinement.apply(program.own)
     program.script.apply_search_path()
-
-    def load() -> Callable[..., Any]:
-        loaded: Callable[..., Any] = pickle.loads(program.pickled)
-        return loaded
-
     serve = resident.run if confinement.resident else task.run
-    serve(load, confinement, program.script, streams)
+    serve(program.callable.load, confinement, program.script, streams)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import dataclasses
 import gc
 import importlib
 import os
-import pickle
 import select
 import signal
 import sys
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from scaleout_mp.errors import ChannelError
 from scaleout_mp.ipc import frames
+from scaleout_mp.ipc.callables import SentCallable
 from scaleout_mp.ipc.channel import ChildChannel, channel_pair, close_all
 from scaleout_mp.ipc.frames import Frame, Kind
 from scaleout_mp.sandbox import pools, probe, process, tree
@@ -73,7 +73,8 @@ class Template:
         self._shared_memory = PrivateSharedMemory()
         self._threads = 1
         self._pools = pools.Pools()
-        self._pickles: dict[str, bytes] = {}
+        #: As they came, for fresh interpreters.
+        self._sent: dict[str, SentCallable] = {}
         self._loaded: dict[str, Callable[..., Any] | _NotLoaded] = {}
         self._spare: _Spare | None = None
         #: Tags of tasks that ended since strays were looked for; None: nobody was reaped since.
@@ -118,18 +119,11 @@ class Template:
             case Kind.SETUP:
                 self._set_up(*frame.fields)
             case Kind.LOAD:
-                self._load(frame.fields[0], self._pickle_in(frame))
+                self._load(frame.fields[0], SentCallable.from_frame(frame))
             case Kind.START:
                 self._start(frame)
             case _:
                 raise ChannelError(f"the supervisor sent {frame.kind.name} to the template")
-
-    @staticmethod
-    def _pickle_in(frame: Frame) -> bytes:
-        if not frame.descriptors:
-            return bytes(frame.fields[1])
-        with open(frame.descriptors[0], "rb") as file:
-            return file.read()
 
     # --- Loading -------------------------------------------------------------------------------------------------
 
@@ -159,13 +153,13 @@ class Template:
         confined = {"in_force": list(preparation.in_force), "missing": list(preparation.missing)}
         self._channel.send(frames.encode(Kind.READY, fatal, problems, self._check_forkable(), confined))
 
-    def _load(self, key: str, pickled: bytes) -> None:
+    def _load(self, key: str, sent: SentCallable) -> None:
         # It was forked before this callable was there.
         self._drop_spare()
-        self._pickles[key] = pickled
-        while len(self._pickles) > frames.MAX_LOADED:
-            oldest = next(iter(self._pickles))
-            del self._pickles[oldest]
+        self._sent[key] = sent
+        while len(self._sent) > frames.MAX_LOADED:
+            oldest = next(iter(self._sent))
+            self._sent.pop(oldest).close()
             self._loaded.pop(oldest, None)
         problem = None
         if not self._spawn:
@@ -175,7 +169,7 @@ class Template:
                 with self._shared_memory.keeping():
                     # Tasks get their models as its arrays; one that had to import it first would start late.
                     importlib.import_module("numpy")
-                    self._loaded[key] = pickle.loads(pickled)
+                    self._loaded[key] = sent.load_for_forks()
             except BaseException as error:  # noqa: BLE001 - user code runs while its module is imported
                 failure = self._loaded[key] = _NotLoaded.by(error)
                 problem = failure.problem
@@ -215,7 +209,7 @@ class Template:
                 pid = start_interpreter(
                     frame.descriptors,
                     _confinement(frame),
-                    Program(script=self._script, pickled=self._pickles[key], own=self._preparation.own),
+                    Program(script=self._script, callable=self._sent[key], own=self._preparation.own),
                 )
             else:
                 pid = self._use_spare(frame) or self._fork(lambda: frame)

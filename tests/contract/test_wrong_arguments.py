@@ -11,7 +11,7 @@ import pytest
 
 from scaleout_mp import ConfigError, EndReason, Limits, TaskExecutor
 from scaleout_mp.executor.core import ExecutorCore
-from scaleout_mp.ipc import arguments
+from scaleout_mp.ipc import arguments, callables
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_mistake_while_it_runs_ends_the_task():
 
 
 def unchecked(core, **options):
-    return core.submit_packed(arguments.prepare(abs), arguments.pack((-1,), {}), **options)
+    return core.submit_packed(callables.prepare(abs), arguments.pack((-1,), {}), **options)
 
 
 @pytest.mark.parametrize("options", [{"limits": 5}, {"resources": 5}])

@@ -1,0 +1,75 @@
+"""What a callable captures: large arrays go beside its pickle, whichever way its process is started."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import numpy as np
+import pytest
+
+from scaleout_mp import TaskExecutor
+from scaleout_mp.ipc import callables
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module", params=["template", pytest.param("spawn", id="fresh interpreter")])
+def executor(request):
+    with TaskExecutor(start_method=request.param, echo_output=False) as running:
+        yield running
+
+
+class Weights:
+    """A callable with state that is large."""
+
+    def __init__(self, value: float) -> None:
+        self.arrays = [np.full(MIB, value), np.arange(3), np.empty(0)]
+        self.text = "x" * 100_000
+
+    def __call__(self, *, change: bool = False) -> list[float]:
+        if change:
+            self.arrays[0][:] = -1
+        return [float(self.arrays[0].sum()), float(self.arrays[1].sum()), self.arrays[2].size, len(self.text)]
+
+    def drop(self) -> bytes:
+        """Open a file, drop the arrays and read the file."""
+        with tempfile.TemporaryFile() as file:
+            several = [os.dup(file.fileno()) for _ in range(20)]
+            file.write(b"still here")
+            self.arrays = []
+            read = {os.pread(number, 10, 0) for number in (file.fileno(), *several) if not file.flush()}
+            for number in several:
+                os.close(number)
+            return read.pop() if len(read) == 1 else b"differ"
+
+
+def test_large_arrays_arrive_writable_and_each_task_has_its_own(executor):
+    weights = Weights(2)
+    expected = [2.0 * MIB, 3, 0, 100_000]
+
+    assert executor.submit(weights).result(20) == expected
+    assert executor.submit(weights, change=True).result(20)[0] == -MIB
+    assert executor.submit(weights).result(20) == expected
+    worker = executor.worker("captured")
+    assert worker.submit(weights).result(20) == expected
+    assert worker.submit(weights, change=True).result(20)[0] == -MIB
+    worker.retire()
+
+
+def test_a_task_that_drops_them_closes_no_other_file(executor):
+    assert executor.submit(Weights(1).drop).result(20) == b"still here"
+
+
+def test_arrays_stay_out_of_the_pickle_which_is_made_with_the_interpreters_lock_held():
+    captured = [np.ones(MIB) for _ in range(4)]
+
+    def function() -> int:
+        return len(captured)
+
+    prepared = callables.prepare(function)
+
+    pickled, *buffers = prepared.table
+    assert pickled < 10_000
+    assert buffers == [8 * MIB] * 4
+    assert prepared == callables.prepare(function)
