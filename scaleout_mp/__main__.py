@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
+#: What shells report for a program that Ctrl-C ended.
+EXIT_INTERRUPTED = 130
+
 
 def main() -> int:
     """Run the command line and return its exit code."""
@@ -15,9 +18,13 @@ def main() -> int:
     if "--debug" not in sys.argv:
         # gRPC writes to stderr by itself what our errors say better. It reads this once, when it is imported.
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from scaleout_mp.cli.app import run
+    try:
+        from scaleout_mp.cli.app import run
 
-    return run()
+        return run()
+    except KeyboardInterrupt:
+        # While modules are imported, or after the command's end.
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"error: {_usage_line(error)}\n")
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
+        sys.stderr.write("stopped\n")
         return EXIT_INTERRUPTED
     except (ScaleoutError, OSError) as error:
         if debug:

@@ -65,8 +65,7 @@ def start(ctx: click.Context, /, **values: Any) -> int:
     runtime, edge = _client(given, package)
     known.append(runtime)
     options = _combiner(given, edge)
-    if not edge.init_grpchandler(options, token=given["token"], url=given.address):
-        raise TransportError("the combiner cannot be used; the line above says why")
+    runtime.use_combiner(options, token=given["token"], url=given.address)
     with ControlSocket(edge.name or edge.client_id or "client", runtime):
         edge.run(with_heartbeat=True)
     return 0
@@ -74,6 +73,9 @@ def start(ctx: click.Context, /, **values: Any) -> int:
 
 def _set_up_logging(level: str) -> None:
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Why the client cannot connect is this program's last line, and not said twice.
+    connecting = logging.getLogger("scaleout_mp.supervisor.connecting")
+    connecting.addFilter(lambda record: getattr(record, "action", None) != "connect_failed")
 
 
 def _check(given: Given) -> None:

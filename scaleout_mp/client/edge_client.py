@@ -154,7 +154,8 @@ class EdgeClient(RecordLogging, InferenceClient):
         if self._given_runtime is None:
             if not self._has_runtime or current_task() is not None:
                 raise NotConnectedError(
-                    "this client lives in a task's process: it logs and checks for an abort, no more"
+                    "this client lives in a task's process: it logs and checks for an abort, no more. A program that "
+                    'connects and runs it does so below `if __name__ == "__main__":`'
                 )
             # By name and late: the supervisor stands above this layer and loads gRPC, which a task must never
             # do.

@@ -257,7 +257,8 @@ class TemplateLauncher:
     def _on_loaded(self, life: _Life, key: str, problem: str | None, unforkable: str | None) -> None:
         if problem is not None:
             name = life.keys.get(key, key)
-            logger.error("callback %s cannot be loaded: %s", name, problem, extra={"action": "callback_not_loaded"})
+            # The task that wanted it says so.
+            logger.debug("callback %s cannot be loaded: %s", name, problem, extra={"action": "callback_not_loaded"})
         self._note_fallback(unforkable)
 
     def _note_fallback(self, unforkable: str | None) -> None:

@@ -29,6 +29,8 @@ MAX_NAME: Final = 1024
 MAX_VALUE: Final = 1 << 16
 #: Characters of the JSON of one result of an inference.
 MAX_PAYLOAD: Final = 1 << 18
+#: How an error begins that stands for one which kept a callback from being loaded.
+CANNOT_LOAD: Final = "the callback cannot be loaded in a task process: "
 #: The wire carries steps as UInt32Value.
 MAX_STEP: Final = (1 << 32) - 1
 

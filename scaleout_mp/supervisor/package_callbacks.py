@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from scaleout_mp.client.package_calls import DESCRIBE, PackageOrder
 from scaleout_mp.errors import LauncherError, PackageError
 from scaleout_mp.executor import Interpreter, PreparedCallable
+from scaleout_mp.ipc.messages import CANNOT_LOAD
 from scaleout_mp.supervisor.callbacks import CALLBACK_WORKER, Callbacks, callback_worker, missing
 from scaleout_mp.task import EndReason
 
@@ -216,7 +217,7 @@ class PackageCallbacks(Callbacks):
         return _Loaded(version=version, call=call, task_types=task_types)
 
     def _broken(self, version: str, error: Exception, *, try_again: float | None = None) -> _Loaded:
-        problem = f"package {self._source.name} cannot be used: {error}"
+        problem = f"package {self._source.name} cannot be used, until its files change: {error}"
         return _Loaded(version=version, problem=problem, try_again=try_again)
 
     def _call(self, ready: LoadablePackage, version: str) -> PreparedCallable:
@@ -250,9 +251,7 @@ class PackageCallbacks(Callbacks):
 
     def _say(self, loaded: _Loaded) -> None:
         if loaded.call is None:
-            logger.error(
-                "%s; it is tried again when its files change", loaded.problem, extra={"action": "package_broken"}
-            )
+            logger.error("%s", loaded.problem, extra={"action": "package_broken"})
             self._on_problem(loaded.problem)
         else:
             logger.info(
@@ -275,9 +274,13 @@ def _problem(report: ExitReport) -> str:
         allowed = report.wall_seconds
         message = f"it hangs: its imports and startup(client) did not come to an end within {allowed:.0f} s"
     else:
-        message = report.message
-    where = report.stacks or report.traceback
-    return f"{message}\n{where.rstrip()}" if where else message
+        message = report.message.removeprefix(f"raised ImportError: {CANNOT_LOAD}")
+    where = report.stacks or report.traceback or ""
+    if message != report.message:
+        # The traceback of what stands behind it, which begins below the error that is shown in one line.
+        where = where.partition(f"ImportError: {CANNOT_LOAD}")[2].partition("\n")[2]
+    # Of an error that says all by itself there is one line, which is the message.
+    return f"{message}\n{where.rstrip()}" if "\n" in where.strip() else message
 
 
 def _task_types(value: Any) -> dict[str, str]:

@@ -22,6 +22,7 @@ from scaleout_mp.errors import (
     NotConnectedError,
     ScaleoutError,
     StateError,
+    TransportError,
 )
 from scaleout_mp.executor import ExecutorCore
 from scaleout_mp.executor.residents import IDLE_SECONDS
@@ -227,6 +228,21 @@ class GrpcEdgeClientRuntime(InferenceRuntime, RecordRuntime):
     ) -> bool:
         """Keep where the combiner is and ask it whether it takes this client; see EdgeClient."""
         try:
+            self.use_combiner(config, token, url, token_refresh_callback)
+        except TransportError as error:
+            logger.error("%s", error, extra={"action": "init_failed"})  # noqa: TRY400 - the line says it all
+            return False
+        return True
+
+    def use_combiner(
+        self,
+        config: GrpcConnectionOptions,
+        token: str | None = None,
+        url: str | None = None,
+        token_refresh_callback: Callable[..., None] | None = None,
+    ) -> None:
+        """Do as `init_grpchandler`; TransportError says, in one line, which combiner will not do and why."""
+        try:
             self._token.take(token, url, token_refresh_callback, client=self.client)
             self._api_url = url or self._api_url
             self._options = config = published.options_from(config)
@@ -235,16 +251,8 @@ class GrpcEdgeClientRuntime(InferenceRuntime, RecordRuntime):
         except ScaleoutError as error:
             self._options = None
             tls = "on" if self._secure(config) else "off"
-            logger.error(  # noqa: TRY400 - the line says it all
-                "cannot use the combiner at %s:%s (TLS %s): %s",
-                config.host,
-                config.port,
-                tls,
-                error,
-                extra={"action": "init_failed"},
-            )
-            return False
-        return True
+            where = f"{config.host}:{config.port} (TLS {tls})"
+            raise TransportError(f"cannot use the combiner at {where}: {error}") from error
 
     async def _check_version(self) -> None:
         # Somebody waits at a terminal: each failed try is said.

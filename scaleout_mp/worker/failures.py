@@ -7,6 +7,7 @@ import os
 import traceback
 from typing import Final
 
+from scaleout_mp.errors import ScaleoutError
 from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.frames import Kind
 from scaleout_mp.ipc.messages import Refusal
@@ -15,8 +16,10 @@ from scaleout_mp.ipc.messages import Refusal
 MAX_TRACEBACK: Final = 1 << 16
 MAX_MESSAGE: Final = 1 << 12
 
-#: Modules whose frames at the beginning of a traceback are left out: users look for their own code.
-_OURS: Final = os.path.join(os.path.dirname(__file__), "")
+#: Where frames of a traceback are left out: users look for their own code.
+_PACKAGE: Final = os.path.dirname(os.path.dirname(__file__))
+_OURS: Final = tuple(os.path.join(_PACKAGE, name, "") for name in ("worker", "client", "ipc", "model"))
+_IMPORTS: Final = "<frozen importlib."
 
 
 def encode(error: BaseException) -> bytes:
@@ -58,11 +61,10 @@ def _where(error: BaseException) -> str:
 
 
 def format_traceback(error: BaseException) -> str:
-    """Return the traceback of an error without this package's leading part, at most `MAX_TRACEBACK` characters."""
+    """Return the traceback of an error without this package's part, at most `MAX_TRACEBACK` characters."""
     try:
         shown = traceback.TracebackException.from_exception(error, limit=-32, compact=True)
-        while len(shown.stack) > 1 and shown.stack[0].filename.startswith(_OURS):
-            del shown.stack[0]
+        _leave_out_ours(shown, error)
         text = _plain("".join(shown.format()))
     except BaseException as broken:  # noqa: BLE001 - as above
         return f"<traceback cannot be shown: {class_name(broken)}>"
@@ -71,6 +73,36 @@ def format_traceback(error: BaseException) -> str:
     # A message of megabytes stands at the end: without the beginning, nobody would see where it comes from.
     half = MAX_TRACEBACK // 2 - 4
     return f"{text[:half]}\n[...]\n{text[-half:]}"
+
+
+def _leave_out_ours(shown: traceback.TracebackException, error: BaseException) -> None:
+    """Take our frames, and the import system's, off the beginning; and off the end where ours tells the user something.
+
+    A frame is left unless the error says all by itself.
+    """
+    told_by_us = isinstance(error, ScaleoutError)
+    seen: traceback.TracebackException | None = shown
+    while seen is not None:
+        _drop_leading(seen.stack, keep=1)
+        seen = seen.__cause__ or seen.__context__
+    if told_by_us or isinstance(error, SyntaxError):
+        _drop_leading(shown.stack, keep=0)
+    if told_by_us and shown.stack and _is_ours(shown.stack[-1].filename):
+        first = next(at for at, frame in enumerate(shown.stack) if _is_ours(frame.filename))
+        del shown.stack[first:]
+    if not shown.stack:
+        # Else its heading would stand alone.
+        shown.stack = None  # type: ignore[assignment]
+
+
+def _drop_leading(stack: traceback.StackSummary, *, keep: int) -> None:
+    while len(stack) > keep and (_is_ours(stack[0].filename) or stack[0].filename.startswith(_IMPORTS)):
+        del stack[0]
+
+
+def _is_ours(path: str) -> bool:
+    # Of msgpack are the frames between two of `ipc/values.py`.
+    return path.startswith((*_OURS, "msgpack/")) or "/msgpack/" in path
 
 
 def _refused(error: BaseException) -> str | None:

@@ -23,6 +23,7 @@ from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.callables import SentCallable
 from scaleout_mp.ipc.channel import ChildChannel, channel_pair, close_all
 from scaleout_mp.ipc.frames import Frame, Kind
+from scaleout_mp.ipc.messages import CANNOT_LOAD
 from scaleout_mp.sandbox import pools, probe, process, tree
 from scaleout_mp.sandbox.confinement import Confinement
 from scaleout_mp.sandbox.layers import Layer, Preparation, Rules, prepare
@@ -309,7 +310,8 @@ class Template:
     def _take(self, key: str) -> Callable[..., Any]:
         loaded = self._loaded[key]
         if isinstance(loaded, _NotLoaded):
-            error = ImportError(f"the callback cannot be loaded in a task process: {loaded.problem}")
+            error = ImportError(f"{CANNOT_LOAD}{loaded.problem}")
+            # Where it failed, then; where this is raised says nothing.
             error.add_note(loaded.traceback)
             raise error
         return loaded

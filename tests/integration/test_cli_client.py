@@ -264,6 +264,29 @@ def test_each_mistake_takes_one_line(place, arguments, told, code):
     assert told in one_line(cli(place, "client", "start", *arguments), code)
 
 
+def test_a_network_that_will_not_have_it_is_one_line(place):
+    with LocalNetworkThread(place / "guarded", token="a-token-for-tests") as net:
+        done = cli(place, "client", "start", "--api-url", net.api_url, SCALEOUT_MP_TOKEN="nonsense")
+        assert "the server refused the refresh token" in one_line(done)
+        host, port = net.combiner_address.split(":")
+        arguments = ("--combiner", host, "--combiner-port", port, "--log-level", "CRITICAL")
+        refused = one_line(cli(place, "client", "start", *arguments, SCALEOUT_MP_TOKEN="nonsense"))
+        assert refused.startswith(
+            f"error: cannot use the combiner at {net.combiner_address} (TLS on): this token needs"
+        )
+
+
+def test_ctrl_c_while_it_cannot_connect(place):
+    command = [sys.executable, "-m", "scaleout_mp", "client", "start", "--api-url", "http://127.0.0.1:9"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=place, env=environment(place)) as process:
+        assert "trying again" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == "stopped"
+
+
 def test_a_wrong_flag_is_told(place):
     done = cli(place, "client", "start", "--sandbox", "no")
     assert done.returncode == 2

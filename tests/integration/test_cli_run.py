@@ -125,6 +125,33 @@ def test_wrong_usage_is_one_clear_line(tmp_path, arguments, says):
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("code", "says", "frames"),
+    [
+        ("import nothing_there\n", "ModuleNotFoundError: No module named 'nothing_there'", 1),
+        ("def train(:\n", "SyntaxError: invalid syntax", 1),
+        (
+            "from scaleout_mp import EdgeClient\nEdgeClient().connect_to_api('http://127.0.0.1:9')\n",
+            'does so below `if __name__ == "__main__":`',
+            1,
+        ),
+        ("def train():\n    return object()\n", "a builtins.object cannot be returned from a task", 0),
+    ],
+)
+def test_what_a_file_does_wrong_is_a_line_and_its_own_traceback(tmp_path, code, says, frames):
+    (tmp_path / "job.py").write_text(code)
+    done = run("job.py:train", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    line, *trace = done.stderr.splitlines()
+    assert line.startswith("task job.py:train: raised ")
+    assert says in line
+    # Nothing of how it was loaded, or of how we came to raise.
+    shown = [text for text in trace if text.startswith("  File ")]
+    assert len(shown) == frames, done.stderr
+    assert all(str(tmp_path / "job.py") in text for text in shown)
+
+
 def test_a_result_that_cannot_be_kept_is_shown_and_an_error(tmp_path):
     done = run(f"{FILE}:add", "--set", "a=1", "--output", "out.scm", cwd=tmp_path)
     assert done.returncode == 1
