@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,7 +14,7 @@ from scaleout_mp.cli.models import open_seed
 from scaleout_mp.cli.options import configure_logging, debug_option
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Mapping
 
     from scaleout_mp.localnet import FaultOrder, SessionPlan, SessionResult
 
@@ -68,30 +68,7 @@ _COUNT = click.IntRange(min=1)
 @click.option("--round-timeout", type=_SECONDS, default=300.0, show_default=True, help="Seconds to train in a round.")
 @debug_option
 @click.pass_context
-def localnet(
-    ctx: click.Context,
-    *,
-    folder: Path,
-    host: str,
-    api_port: int,
-    combiner_port: int,
-    token: str | None,
-    auth: bool,
-    token_lifetime: float,
-    tls: bool,
-    client_certs: bool,
-    delay: float | None,
-    loss: float | None,
-    faults: tuple[str, ...],
-    restart_every: float | None,
-    down: float,
-    rounds: int | None,
-    seed: Path | None,
-    min_clients: int,
-    min_updates: int,
-    round_timeout: float,
-    release: Literal["1.0", "1.1"],
-) -> int:
+def localnet(ctx: click.Context, /, **given: Any) -> int:
     """Start a local Scaleout Edge network: REST API, combiner and, with --rounds, a session.
 
     Clients of any version can join it. There is a line for each event. Ctrl-C ends it; without --rounds it
@@ -105,33 +82,42 @@ def localnet(
       scaleout-mp localnet --auth --tls --loss 20 --fault "Upload:refuse,share=0.5"
     """  # noqa: D301 - click reads the \b
     require_extra("localnet")
-    if (rounds is None) != (seed is None):
+    if (given["rounds"] is None) != (given["seed"] is None):
         raise click.UsageError("--rounds and --seed go together: a session needs both")
     configure_logging(ctx)
-    from scaleout_mp.localnet import SessionPlan, Tls, serve
+    session = _session(given)
+    return asyncio.run(_until_signal(_network(given, session), session))
 
-    session = None
-    if rounds is not None:
-        session = SessionPlan(
-            rounds=rounds, min_clients=min_clients, min_updates=min_updates, round_timeout=round_timeout
-        )
-    work = serve(
-        folder,
+
+def _session(given: Mapping[str, Any]) -> SessionPlan | None:
+    from scaleout_mp.localnet import SessionPlan
+
+    if given["rounds"] is None:
+        return None
+    return SessionPlan(**{name: given[name] for name in ("rounds", "min_clients", "min_updates", "round_timeout")})
+
+
+def _network(given: Mapping[str, Any], session: SessionPlan | None) -> Coroutine[None, None, SessionResult | None]:
+    """Return the network, which runs once it is awaited."""
+    from scaleout_mp.localnet import Tls, serve
+
+    every = given["restart_every"]
+    return serve(
+        given["folder"],
         on_line=click.echo,
-        host=host,
-        api_port=api_port,
-        combiner_port=combiner_port,
-        token=token,
-        auth=auth,
-        token_lifetime=token_lifetime,
-        tls=Tls.MUTUAL if client_certs else Tls.ON if tls else Tls.OFF,
-        faults=_faults(faults, delay=delay, loss=loss),
-        restart=None if restart_every is None else (restart_every, down),
-        release=release,
+        host=given["host"],
+        api_port=given["api_port"],
+        combiner_port=given["combiner_port"],
+        token=given["token"],
+        auth=given["auth"],
+        token_lifetime=given["token_lifetime"],
+        tls=Tls.MUTUAL if given["client_certs"] else Tls.ON if given["tls"] else Tls.OFF,
+        faults=_faults(given["faults"], delay=given["delay"], loss=given["loss"]),
+        restart=None if every is None else (every, given["down"]),
+        release=given["release"],
         session=session,
-        seed=None if seed is None else open_seed(seed),
+        seed=None if given["seed"] is None else open_seed(given["seed"]),
     )
-    return asyncio.run(_until_signal(work, session))
 
 
 def _faults(texts: tuple[str, ...], *, delay: float | None, loss: float | None) -> list[FaultOrder]:

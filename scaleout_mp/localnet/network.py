@@ -77,29 +77,12 @@ class LocalNetwork:
         self.events = EventLog()
         if on_event is not None:
             self.events.subscribe(on_event)
-        book = TaskBook(self.events)
-        self._parts = NetworkParts(
-            log=self.events,
-            registry=ClientRegistry(
-                self.events,
-                lost_after=lost_after,
-                on_gone=lambda client_id, state: book.client_gone(client_id, _GONE[state]),
-            ),
-            book=book,
-            models=ModelFiles(self.folder / "models"),
-            tokens=Tokens(token, required=auth, lifetime=token_lifetime, clock=wall_clock),
-        )
+        tokens = Tokens(token, required=auth, lifetime=token_lifetime, clock=wall_clock)
+        self._parts = _parts(self.events, self.folder, tokens, lost_after=lost_after)
         #: Faults that the calls of the combiner and of the REST API are to have.
         self.faults = FaultPlan()
         self._tls = tls
-        self._rest = RestApi(
-            registry=self._parts.registry,
-            tokens=self._parts.tokens,
-            log=self.events,
-            faults=self.faults,
-            accepted_versions=accepted_versions,
-            tls=tls,
-        )
+        self._rest = RestApi(self._parts, faults=self.faults, accepted_versions=accepted_versions, tls=tls)
         self._combiner = Combiner(
             self._parts, faults=self.faults, accepted_versions=accepted_versions, tls=tls, release=release
         )
@@ -263,6 +246,14 @@ class LocalNetwork:
             registry = self._parts.registry
             wait = registry.expire() if self._combiner.serving else registry.lost_after / 4
             await asyncio.sleep(max(0.05, wait))
+
+
+def _parts(log: EventLog, folder: Path, tokens: Tokens, *, lost_after: float) -> NetworkParts:
+    book = TaskBook(log)
+    registry = ClientRegistry(
+        log, lost_after=lost_after, on_gone=lambda client_id, state: book.client_gone(client_id, _GONE[state])
+    )
+    return NetworkParts(log=log, registry=registry, book=book, models=ModelFiles(folder / "models"), tokens=tokens)
 
 
 _GONE: Mapping[ClientState, str] = {

@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from scaleout_mp.localnet.certificates import ServerTls
-    from scaleout_mp.localnet.event_log import EventLog
     from scaleout_mp.localnet.faults import FaultPlan
-    from scaleout_mp.localnet.registry import ClientRegistry
-    from scaleout_mp.localnet.tokens import Grant, Tokens
+    from scaleout_mp.localnet.parts import NetworkParts
+    from scaleout_mp.localnet.tokens import Grant
 
     Behaviour = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -50,10 +49,8 @@ class RestApi:
 
     def __init__(
         self,
+        parts: NetworkParts,
         *,
-        registry: ClientRegistry,
-        tokens: Tokens,
-        log: EventLog,
         faults: FaultPlan,
         accepted_versions: Collection[str] | None,
         tls: ServerTls | None = None,
@@ -64,9 +61,9 @@ class RestApi:
         self._tls = tls
         #: Model signatures as they were posted, by model id.
         self._signatures: dict[str, dict[str, Any]] = {}
-        self._registry = registry
-        self._tokens = tokens
-        self._log = log
+        self._registry = parts.registry
+        self._tokens = parts.tokens
+        self._log = parts.log
         self._accepted_versions = accepted_versions
         self._combiner_host = ""
         self._combiner_port = 0
