@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from scaleout_mp.cli.client_options import client_options, complete_address, given_options
+from scaleout_mp.cli.client_runtime import runtime_options
 from scaleout_mp.cli.options import debug_option
 from scaleout_mp.control import ControlSocket
 from scaleout_mp.errors import ConfigError, TransportError
@@ -106,17 +107,9 @@ def _package(given: Given, access_token: Callable[[], str | None]) -> PackageSou
 
 def _client(given: Given, package: PackageSource) -> tuple[GrpcEdgeClientRuntime, EdgeClient]:
     from scaleout_mp.client import EdgeClient
-    from scaleout_mp.config import Limits
     from scaleout_mp.supervisor.runtime import GrpcEdgeClientRuntime
 
-    runtime = GrpcEdgeClientRuntime(
-        limits=Limits(**given.limits()),
-        sandbox=given["sandbox"],
-        isolation=given["isolation"],
-        max_concurrent_tasks=given["max_concurrent_tasks"],
-        memory_budget=given["memory_budget"],
-        package=package,
-    )
+    runtime = GrpcEdgeClientRuntime(**runtime_options(given), package=package)
     edge = EdgeClient(runtime=runtime)
     if given["name"]:
         edge.set_name(given["name"])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from scaleout_mp.cli.limit_options import LIMITS, kind
+from scaleout_mp.cli.values import plain_number
 from scaleout_mp.config.sandbox import LEVELS
 from scaleout_mp.errors import ConfigError
 
@@ -42,6 +43,9 @@ class _Option:
     type: Any = str
     default: Any = None
     is_flag: bool = False
+    #: Given any number of times: a list in a file, words in a variable.
+    multiple: bool = False
+    metavar: str | None = None
 
     @property
     def name(self) -> str:
@@ -65,12 +69,19 @@ _PACKAGE: Final = (
     _Option(flags=("--managed-env",), help="Run a local package in the environment that it asks for.", is_flag=True),
     _Option(flags=("--disable-managed-env",), help="Run a remote package in this program's environment.", is_flag=True),
 )
+_CHOICE_OF_STARTS: Final = click.Choice(["template", "spawn"])
+#: Limits of a request to a staged model, where they are others than those of all tasks.
+_OF_REQUESTS: Final = ("memory", "wall_time", "cpu_time", "no_progress")
+_INFERENCE_LIMITS: Final = {f"inference_{name}": name for name in _OF_REQUESTS}
 _WORK: Final = (
     *(
         _Option(flags=(f"--{name.replace('_', '-')}",), help=f"Limit of each task. {text}", type=kind(name))
         for name, text in LIMITS.items()
     ),
     _Option(flags=("--sandbox",), help="How tasks are confined.", type=click.Choice(LEVELS), default="auto"),
+    _Option(flags=("--read",), help="With --sandbox strict: a file or folder that tasks may read.", multiple=True),
+    _Option(flags=("--write",), help="With --sandbox strict: a file or folder that they may change.", multiple=True),
+    _Option(flags=("--network",), help="With --sandbox strict: let them use the network.", is_flag=True),
     _Option(
         flags=("--isolation",),
         help='"task": a process for each; "worker": one that keeps state.',
@@ -78,7 +89,53 @@ _WORK: Final = (
         default="task",
     ),
     _Option(flags=("--max-concurrent-tasks",), help="Tasks at once.", type=click.IntRange(min=1)),
-    _Option(flags=("--memory-budget",), help="Memory for all tasks together."),
+    _Option(flags=("--memory-budget",), help='Memory for all tasks together: "16GiB", or "0.5" of the machine.'),
+    _Option(flags=("--state-bytes",), help="Size of what a callback keeps in client.state.  [default: 256MiB]"),
+    _Option(flags=("--start-method",), help="How processes start.", type=_CHOICE_OF_STARTS, default="template"),
+)
+_MACHINE: Final = (
+    _Option(flags=("--gpus",), help='GPUs that tasks share, as "0,1".  [default: each sees all]'),
+    _Option(flags=("--gpus-per-task",), help="How many of them a task has to itself.", type=click.IntRange(min=0)),
+    _Option(flags=("--nice",), help="0 to 19; the higher, the more tasks give way.", type=int),
+    _Option(flags=("--affinity",), help='Processors on which tasks run, as "0,2".  [default: all]'),
+    _Option(
+        flags=("--working-directory",),
+        help='Where tasks start: "inherit" (here) or a path.  [default: a scratch folder]',
+    ),
+    _Option(flags=("--scratch-folder",), help="Where scratch folders lie.  [default: the temporary folder]"),
+    _Option(flags=("--env",), help="A variable of tasks.", multiple=True, metavar="NAME=VALUE"),
+    _Option(
+        flags=("--pass-env",), help="A variable of this program that tasks get too.", multiple=True, metavar="NAME"
+    ),
+    _Option(flags=("--no-shield",), help="Let this user's debuggers look into the client.", is_flag=True),
+)
+_INFERENCE: Final = (
+    _Option(
+        flags=("--inference-concurrency",),
+        help="Requests to a staged model at once, each in a process of its own.",
+        type=click.IntRange(min=1),
+        default=1,
+    ),
+    _Option(
+        flags=("--inference-idle-time",),
+        help='When a staged model\'s processes end without a request: "10m", or "never".',
+        default="10m",
+    ),
+    *(
+        _Option(
+            flags=(f"--{name.replace('_', '-')}",),
+            help=f"Limit of each request. {LIMITS[limit]}  [default: as --{limit.replace('_', '-')}]",
+        )
+        for name, limit in _INFERENCE_LIMITS.items()
+    ),
+)
+_CLIENT: Final = (
+    _Option(flags=("--state-dir",), help='Where what must reach the server waits; ":memory:": nowhere.'),
+    _Option(flags=("--heartbeat-interval",), help="Time between two signs of life.", default="2s"),
+    _Option(
+        flags=("--goodbye-seconds",), help="Time at the end to tell the server what is left to tell.  [default: 5s]"
+    ),
+    _Option(flags=("--hide-output",), help="Do not show what tasks print.", is_flag=True),
     _Option(
         flags=("--log-level",),
         help="How much is logged.",
@@ -86,8 +143,8 @@ _WORK: Final = (
         default="INFO",
     ),
 )
-OPTIONS: Final = (*_CONNECTION, *_PACKAGE, *_WORK)
-_NAMES: Final = frozenset(option.name for option in OPTIONS)
+OPTIONS: Final = (*_CONNECTION, *_PACKAGE, *_WORK, *_MACHINE, *_INFERENCE, *_CLIENT)
+_BY_NAME: Final = {option.name: option for option in OPTIONS}
 
 
 def client_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,6 +155,8 @@ def client_options(command: Callable[..., Any]) -> Callable[..., Any]:
             option.name,
             type=bool if option.is_flag else option.type,
             is_flag=option.is_flag,
+            multiple=option.multiple,
+            metavar=option.metavar,
             default=False if option.is_flag else option.default,
             show_default=option.default is not None,
             help=option.help,
@@ -130,12 +189,19 @@ def _file_options(path: Path) -> dict[str, Any]:
         name = _FILE_KEYS.get(str(key), str(key).replace("-", "_"))
         if value is None or name in _OF_OTHERS:
             continue
-        if name not in _NAMES:
+        if name not in _BY_NAME:
             raise ConfigError(f"{path}: there is no option {key!r}")
-        if isinstance(value, dict | list):
-            raise ConfigError(f"{path}: {key} must be one value")
-        found[name] = value if isinstance(value, bool) else str(value)
+        found[name] = _file_value(value, f"{path}: {key}", multiple=_BY_NAME[name].multiple)
     return found
+
+
+def _file_value(value: Any, what: str, *, multiple: bool) -> Any:
+    if multiple:
+        values = value if isinstance(value, list) else [value]
+        return [_file_value(one, what, multiple=False) for one in values]
+    if isinstance(value, dict | list):
+        raise ConfigError(f"{what} must be one value")
+    return value if isinstance(value, bool) else str(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,16 +222,21 @@ class Given:
 
     def limits(self) -> dict[str, Any]:
         """Return the limits that were given, as `Limits` takes them."""
-        return {name: _limit(self[name]) for name in LIMITS if self[name] is not None}
+        return {name: plain_number(self[name]) for name in LIMITS if self[name] is not None}
+
+    def inference_limits(self) -> dict[str, Any]:
+        """Return the limits that were given for requests, as `Limits` takes them."""
+        given = {limit: self[name] for name, limit in _INFERENCE_LIMITS.items() if self[name] is not None}
+        return {limit: plain_number(value) for limit, value in given.items()}
 
 
 def given_options(ctx: click.Context, values: Mapping[str, Any]) -> Given:
     """Return what was given to a command with `client_options`."""
     sources = {}
-    for name in _NAMES:
+    for name in _BY_NAME:
         source = ctx.get_parameter_source(name)
         sources[name] = "default" if source is None else _SOURCES[source.name]
-    return Given(values={name: values[name] for name in (option.name for option in OPTIONS)}, sources=sources)
+    return Given(values={name: values[name] for name in _BY_NAME}, sources=sources)
 
 
 def complete_address(url: str, port: int | None) -> str:
@@ -179,14 +250,3 @@ def complete_address(url: str, port: int | None) -> str:
     scheme = parts.scheme or ("http" if host in {"localhost", "127.0.0.1", "::1"} else "https")
     place = parts.netloc if own_port is not None or port is None else f"{parts.netloc}:{port}"
     return urllib.parse.urlunsplit((scheme, place, parts.path, "", ""))
-
-
-def _limit(text: Any) -> Any:
-    # A fraction of the machine, or a number of bytes or seconds without a unit.
-    if isinstance(text, str):
-        for number in (int, float):
-            try:
-                return number(text)
-            except ValueError:
-                continue
-    return text

@@ -19,6 +19,7 @@ from scaleout_mp.cli.job_view import JsonView, terminal_view
 from scaleout_mp.cli.limit_options import LIMITS, limit_options
 from scaleout_mp.cli.models import open_seed
 from scaleout_mp.cli.options import configure_logging, debug_option
+from scaleout_mp.cli.values import assignment, assignments, numbers, plain_number, words
 from scaleout_mp.client.target import Target
 from scaleout_mp.config import Limits, Resources, Sandbox, Surroundings
 from scaleout_mp.config.sandbox import LEVELS
@@ -27,7 +28,7 @@ from scaleout_mp.errors import ConfigError, ModelError
 from scaleout_mp.task import EndReason
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from scaleout_mp.cli.job_view import View
     from scaleout_mp.model import ScaleoutModel
@@ -152,9 +153,9 @@ def _job(target: str, given: Mapping[str, Any]) -> Job:
     level = given["sandbox"]
     strict = level == "strict"
     start = given["working_directory"] or (None if strict else INHERIT)
-    limits: dict[str, Any] = {name: _limit(given[name]) for name in LIMITS if given[name] is not None}
-    gpus = None if given["gpus"] is None else _words(given["gpus"])
-    affinity = None if given["affinity"] is None else _numbers("affinity", given["affinity"])
+    limits: dict[str, Any] = {name: plain_number(given[name]) for name in LIMITS if given[name] is not None}
+    gpus = None if given["gpus"] is None else words(given["gpus"])
+    affinity = None if given["affinity"] is None else numbers("affinity", given["affinity"])
     return Job(
         target=named,
         settings=dict(parse_setting(text) for text in given["settings"]),
@@ -170,7 +171,7 @@ def _job(target: str, given: Mapping[str, Any]) -> Job:
         ),
         surroundings=Surroundings(
             working_directory=start,
-            environment=dict(_assignment("--env", text) for text in given["env"]),
+            environment=assignments("--env", given["env"]),
             pass_environment=given["pass_env"],
         ),
         start_method=given["start_method"],
@@ -195,40 +196,11 @@ def parse_target(text: str) -> Target:
 
 def parse_setting(text: str) -> tuple[str, Any]:
     """Return name and value of NAME=VALUE; the value is JSON, or else the string itself. Raises ConfigError."""
-    name, value = _assignment("--set", text)
+    name, value = assignment("--set", text)
     try:
         return name, json.loads(value)
     except ValueError:
         return name, value
-
-
-def _assignment(option: str, text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name.strip():
-        raise ConfigError(f"{option} {text!r}: say NAME=VALUE")
-    return name.strip(), value
-
-
-def _limit(value: int | str) -> int | float | str:
-    if isinstance(value, int):
-        return value
-    # A plain number, as the Python side has it: seconds, bytes, or a fraction of the machine.
-    with contextlib.suppress(ValueError):
-        return int(value)
-    with contextlib.suppress(ValueError):
-        return float(value)
-    return value
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _numbers(name: str, text: str) -> Sequence[int]:
-    try:
-        return [int(word) for word in _words(text)]
-    except ValueError:
-        raise ConfigError(f"{name} must be numbers with commas between them, not {text!r}") from None
 
 
 def _open_model(path: Path) -> ScaleoutModel:

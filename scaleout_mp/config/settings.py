@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.config.limits import parse_size
 from scaleout_mp.errors import ConfigError
@@ -14,6 +14,31 @@ if TYPE_CHECKING:
 
 #: The client version that is presented to servers, which may refuse one that they do not know.
 PROTOCOL_VERSION = "1.0.7"
+
+#: The variable of each field of `Settings`.
+VARIABLES: Final[Mapping[str, str]] = {
+    "auth_scheme": "SCALEOUT_AUTH_SCHEME",
+    "verify_api_certificates": "SCALEOUT_CONNECT_API_SECURE",
+    "grpc_secure": "SCALEOUT_GRPC_SECURE",
+    "grpc_root_cert_path": "SCALEOUT_GRPC_ROOT_CERT_PATH",
+    "api_root_cert_path": "SCALEOUT_MP_API_ROOT_CERT_PATH",
+    "client_cert_path": "SCALEOUT_MP_CLIENT_CERT_PATH",
+    "client_key_path": "SCALEOUT_MP_CLIENT_KEY_PATH",
+    "token_cache_dir": "SCALEOUT_TOKEN_CACHE_DIR",
+    "persist_tokens": "SCALEOUT_PERSIST_TOKENS",
+    "url_prefix": "SCALEOUT_CUSTOM_URL_PREFIX",
+    "announce": "SCALEOUT_GRACEFUL_GRPC_HANDLING",
+    "check_version": "SCALEOUT_CHECK_COMPATIBILITY",
+    "report_status": "SCALEOUT_CLIENT_STATUS_REPORTING",
+    "send_telemetry": "SCALEOUT_CLIENT_SEND_TELEMETRY",
+    "polling_interval": "SCALEOUT_CLIENT_TASK_POLLING_INTERVAL",
+    "model_cache_dir": "SCALEOUT_MODEL_CACHE_DIR",
+    "state_dir": "SCALEOUT_MP_STATE_DIR",
+    "trusted_signers_path": "SCALEOUT_MP_TRUSTED_SIGNERS",
+    "signature_policy": "SCALEOUT_MP_SIGNATURES",
+    "max_model_size": "SCALEOUT_MP_MAX_MODEL_SIZE",
+    "client_version": "SCALEOUT_MP_CLIENT_VERSION",
+}
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
@@ -59,7 +84,7 @@ def _size(environ: Mapping[str, str], name: str, *, default: int) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Effective settings of a client. `from_environ` reads them; each field names its variable."""
+    """Effective settings of a client. `from_environ` reads them from `VARIABLES`, which each field names as well."""
 
     #: SCALEOUT_AUTH_SCHEME
     auth_scheme: str = "Bearer"
@@ -125,26 +150,26 @@ class Settings:
         """
         env = os.environ if environ is None else environ
         values: dict[str, Any] = {
-            "auth_scheme": env.get("SCALEOUT_AUTH_SCHEME") or "Bearer",
-            "verify_api_certificates": _flag(env, "SCALEOUT_CONNECT_API_SECURE", default=True),
-            "grpc_secure": _optional_flag(env, "SCALEOUT_GRPC_SECURE"),
-            "grpc_root_cert_path": env.get("SCALEOUT_GRPC_ROOT_CERT_PATH") or None,
-            "api_root_cert_path": env.get("SCALEOUT_MP_API_ROOT_CERT_PATH") or None,
-            "client_cert_path": env.get("SCALEOUT_MP_CLIENT_CERT_PATH") or None,
-            "client_key_path": env.get("SCALEOUT_MP_CLIENT_KEY_PATH") or None,
-            "token_cache_dir": env.get("SCALEOUT_TOKEN_CACHE_DIR") or None,
-            "persist_tokens": _flag(env, "SCALEOUT_PERSIST_TOKENS", default=True),
-            "url_prefix": env.get("SCALEOUT_CUSTOM_URL_PREFIX", ""),
-            "announce": _flag(env, "SCALEOUT_GRACEFUL_GRPC_HANDLING", default=True),
-            "check_version": _flag(env, "SCALEOUT_CHECK_COMPATIBILITY", default=True),
-            "report_status": _flag(env, "SCALEOUT_CLIENT_STATUS_REPORTING", default=True),
-            "send_telemetry": _flag(env, "SCALEOUT_CLIENT_SEND_TELEMETRY", default=True),
-            "polling_interval": _seconds(env, "SCALEOUT_CLIENT_TASK_POLLING_INTERVAL", default=5.0),
-            "model_cache_dir": env.get("SCALEOUT_MODEL_CACHE_DIR") or cls.model_cache_dir,
-            "state_dir": env.get("SCALEOUT_MP_STATE_DIR") or None,
-            "trusted_signers_path": env.get("SCALEOUT_MP_TRUSTED_SIGNERS") or None,
-            "signature_policy": env.get("SCALEOUT_MP_SIGNATURES") or "require",
-            "max_model_size": _size(env, "SCALEOUT_MP_MAX_MODEL_SIZE", default=16 << 30),
-            "client_version": env.get("SCALEOUT_MP_CLIENT_VERSION") or PROTOCOL_VERSION,
+            "auth_scheme": env.get(VARIABLES["auth_scheme"]) or "Bearer",
+            "verify_api_certificates": _flag(env, VARIABLES["verify_api_certificates"], default=True),
+            "grpc_secure": _optional_flag(env, VARIABLES["grpc_secure"]),
+            "grpc_root_cert_path": env.get(VARIABLES["grpc_root_cert_path"]) or None,
+            "api_root_cert_path": env.get(VARIABLES["api_root_cert_path"]) or None,
+            "client_cert_path": env.get(VARIABLES["client_cert_path"]) or None,
+            "client_key_path": env.get(VARIABLES["client_key_path"]) or None,
+            "token_cache_dir": env.get(VARIABLES["token_cache_dir"]) or None,
+            "persist_tokens": _flag(env, VARIABLES["persist_tokens"], default=True),
+            "url_prefix": env.get(VARIABLES["url_prefix"], ""),
+            "announce": _flag(env, VARIABLES["announce"], default=True),
+            "check_version": _flag(env, VARIABLES["check_version"], default=True),
+            "report_status": _flag(env, VARIABLES["report_status"], default=True),
+            "send_telemetry": _flag(env, VARIABLES["send_telemetry"], default=True),
+            "polling_interval": _seconds(env, VARIABLES["polling_interval"], default=5.0),
+            "model_cache_dir": env.get(VARIABLES["model_cache_dir"]) or cls.model_cache_dir,
+            "state_dir": env.get(VARIABLES["state_dir"]) or None,
+            "trusted_signers_path": env.get(VARIABLES["trusted_signers_path"]) or None,
+            "signature_policy": env.get(VARIABLES["signature_policy"]) or "require",
+            "max_model_size": _size(env, VARIABLES["max_model_size"], default=16 << 30),
+            "client_version": env.get(VARIABLES["client_version"]) or PROTOCOL_VERSION,
         }
         return cls(**{**values, **overrides})
