@@ -13,7 +13,9 @@ import pytest
 def is_spare(process: psutil.Process) -> bool:
     """Whether a process was forked ahead by a template, for a task that has not come. It ends with its template."""
     parent = process.parent()
-    if parent is None or "scaleout_mp.worker" not in parent.cmdline():
+    guardian = None if parent is None else parent.parent()
+    # The template is below a guardian that looks like it, and has no tag either.
+    if guardian is None or not all("scaleout_mp.worker" in each.cmdline() for each in (parent, guardian)):
         return False
     tag = resource.prlimit(process.pid, resource.RLIMIT_RTTIME)[1]
     return process.cmdline() == parent.cmdline() and tag == resource.getrlimit(resource.RLIMIT_RTTIME)[1]

@@ -318,7 +318,9 @@ class Execution:
         if self._stopping is not None:
             await self._stopping
         if strays:
-            self._evidence.strays_killed = await ladder.sweep(self._tag)
+            exited = self._evidence.exited
+            cleared = None if exited is None else exited.cleared
+            self._evidence.strays_killed = await ladder.clear(self._tag, cleared)
         # What was in the socket before the end counts, however the end came.
         lines.channel.drain()
         await self._answer.checked()
@@ -368,8 +370,9 @@ class Execution:
 
     async def _climb_when_started(self, abort_text: str, grace: float) -> None:
         child, lines = self._child, self._lines
-        assert child is not None
-        assert lines is not None
+        if child is None or lines is None:
+            # It was over before this began.
+            return
         # Before it is started there is nothing to signal.
         waits: list[asyncio.Future[Any]] = [child.started, self._hurry]
         await asyncio.wait(waits, timeout=max(grace, _START_GRACE), return_when=asyncio.FIRST_COMPLETED)

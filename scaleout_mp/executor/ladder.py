@@ -13,6 +13,8 @@ from scaleout_mp.task import StopStage
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+#: Seconds in which a launcher that can tell will have told that nobody is left, unless something keeps it busy.
+_TOLD_WITHIN: Final = 1.0
 #: Seconds that the processes that are known have for themselves before all others are searched.
 _SEARCH_AFTER: Final = 0.005
 
@@ -68,6 +70,19 @@ async def sweep(tag: int) -> int:
         except TimeoutError as error:
             # Uninterruptible in the kernel, most likely on a dead network file system: nothing else can be done.
             logger.error("task tree survives SIGKILL: %s", error, extra={"action": "tree_survives"})  # noqa: TRY400
+
+
+async def clear(tag: int, cleared: asyncio.Future[int] | None) -> int:
+    """Kill all that a process left behind which is gone; return how many there were.
+
+    `cleared` is what its launcher knows: a search can miss who forks and leaves again and again, faster than it looks.
+    """
+    killed = await sweep(tag)
+    if cleared is not None:
+        await asyncio.wait([cleared], timeout=_TOLD_WITHIN)
+        if cleared.done():
+            killed = max(killed, cleared.result())
+    return killed
 
 
 async def _done_by(gone: asyncio.Future[Any], hurry: asyncio.Future[None], deadline: float) -> bool:

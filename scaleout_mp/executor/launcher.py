@@ -47,6 +47,9 @@ class Exited:
     max_rss: int
     #: Whether its tree may have left something: somebody should look.
     strays: bool
+    #: Where the launcher can tell when nobody is left: done then, with how many it has killed itself; never, perhaps,
+    #: where it is stuck.
+    cleared: asyncio.Future[int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any, Final
@@ -285,12 +286,11 @@ async def end_process(resident: Resident, *, grace: float) -> None:
     while not exited.done():
         await ladder.sweep(resident.tag)
         await asyncio.wait([exited], timeout=0.02)
-    try:
-        strays = exited.result().strays
-    except LauncherError:
-        strays = True
+    strays, cleared = True, None
+    with contextlib.suppress(LauncherError):
+        strays, cleared = exited.result().strays, exited.result().cleared
     if strays:
-        await ladder.sweep(resident.tag)
+        await ladder.clear(resident.tag, cleared)
     resident.lines.close()
     resident.clock.close()
     if resident.group is not None:

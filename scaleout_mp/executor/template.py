@@ -62,6 +62,8 @@ class _Life:
     #: Keys of the callables it holds, oldest first: the template drops them in the same order.
     keys: dict[str, str]
     children: dict[str, Child]
+    #: Tasks whose first process is gone, but perhaps not the rest -> done when it is.
+    leaving: dict[str, asyncio.Future[int]]
     #: What its tasks have on, of `sandbox.layers`.
     layers: tuple[str, ...] = ()
     #: What this machine refuses of the level.
@@ -128,7 +130,7 @@ class TemplateLauncher:
         await self.open()
 
     def _end_if_empty(self, life: _Life) -> None:
-        if life.retired and not life.children and not life.closing:
+        if life.retired and not life.children and not life.leaving and not life.closing:
             life.closing = True
             self._retired.remove(life)
             life.channel.close()
@@ -208,7 +210,13 @@ class TemplateLauncher:
 
         channel = SupervisorChannel(ours, on_frame=on_frame, on_closed=on_closed)
         life = self._life = _Life(
-            process=process, channel=channel, lookout=LookoutLine(lookout), ready=ready, keys={}, children={}
+            process=process,
+            channel=channel,
+            lookout=LookoutLine(lookout),
+            ready=ready,
+            keys={},
+            children={},
+            leaving={},
         )
         channel.send(
             frames.encode(
@@ -231,6 +239,7 @@ class TemplateLauncher:
             Kind.STARTED: self._on_started,
             Kind.NOT_STARTED: self._on_not_started,
             Kind.EXITED: self._on_exited,
+            Kind.CLEARED: self._on_cleared,
         }
         handler = handlers.get(frame.kind)
         if handler is None:
@@ -281,8 +290,17 @@ class TemplateLauncher:
 
     def _on_exited(self, life: _Life, task_id: str, facts: dict[str, Any]) -> None:
         child = life.children.pop(task_id)
+        cleared = None
+        if facts["strays"]:
+            cleared = life.leaving[task_id] = asyncio.get_running_loop().create_future()
         if not child.exited.done():
-            child.exited.set_result(Exited(**facts))
+            child.exited.set_result(Exited(**facts, cleared=cleared))
+        self._end_if_empty(life)
+
+    def _on_cleared(self, life: _Life, task_id: str, killed: int) -> None:
+        cleared = life.leaving.pop(task_id)
+        if not cleared.done():
+            cleared.set_result(killed)
         self._end_if_empty(life)
 
     @staticmethod
@@ -314,6 +332,11 @@ class TemplateLauncher:
         for child in life.children.values():
             self._fail(child, problem)
         life.children.clear()
+        # The guardian has seen to it.
+        for cleared in life.leaving.values():
+            if not cleared.done():
+                cleared.set_result(0)
+        life.leaving.clear()
         logger.error("%s; the next task starts a new one", problem, extra={"action": "template_died"})
 
     def abandon(self, task_id: str) -> None:

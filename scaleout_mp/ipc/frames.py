@@ -56,6 +56,8 @@ class Kind(enum.IntEnum):
     STARTED = 50
     NOT_STARTED = 51
     EXITED = 52
+    #: Nobody is left of a task that had left somebody.
+    CLEARED = 53
     # Supervisor to lookout.
     WATCH = 64
     FORGET = 65

@@ -144,6 +144,23 @@ def thread_count() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
+def kill_children(pids: Iterable[int]) -> None:
+    """Kill children, reaped by nobody yet, and the process groups that they are in, unless it is this process's own.
+
+    Those of a group die at once, before any of them can fork again (setpgid(2), fork(2)).
+    """
+    # Once each: it takes the kernel time for every zombie in it.
+    done = {0, os.getpgrp()}
+    for pid in pids:
+        # A child keeps its pid until it is reaped, and its group's number belongs to nobody else as long.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            group = os.getpgid(pid)
+            os.kill(pid, signal.SIGKILL)
+            if group not in done:
+                done.add(group)
+                os.killpg(group, signal.SIGKILL)
+
+
 def children() -> list[int]:
     """Return the pids of this single-threaded process's children, zombies included."""
     return children_of(os.getpid())

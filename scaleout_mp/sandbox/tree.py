@@ -23,7 +23,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Iterable
 
 #: Tags lie in [2^60, 2^61): above any limit that a person would set, below "unlimited".
 _TAG_BASE: Final = 1 << 60
@@ -69,21 +69,16 @@ def wear_tag(tag: int) -> None:
 
 def wears(pid: int, tag: int) -> bool:
     """Whether a process wears the tag."""
-    try:
-        return resource.prlimit(pid, resource.RLIMIT_RTTIME)[1] == tag
-    except (ProcessLookupError, PermissionError):
-        # Gone, or of another user: a task cannot become another user, so it isn't ours.
-        return False
+    # Of another user: a task cannot become another user, so it isn't ours.
+    return tag_of(pid) == tag
 
 
-def is_stray(pid: int, tags: Collection[int]) -> bool:
-    """Whether a process wears a tag that is none of those, and not just this process's own limit."""
-    own = resource.getrlimit(resource.RLIMIT_RTTIME)[1]
+def tag_of(pid: int) -> int | None:
+    """Return the tag of a process, or the limit that it has instead; None when it is gone, or of another user."""
     try:
-        worn = resource.prlimit(pid, resource.RLIMIT_RTTIME)[1]
+        return resource.prlimit(pid, resource.RLIMIT_RTTIME)[1]
     except (ProcessLookupError, PermissionError):
-        return False
-    return worn not in tags and worn != own
+        return None
 
 
 def _state(pid: int) -> bytes:
@@ -201,7 +196,9 @@ def kill_tagged(tag: int, *, seconds: float = 10.0) -> int:
     clean = 0
     pause = _SHORTEST_PAUSE
     while clean < _CLEAN_SCANS:
+        began = time.monotonic()
         found = tagged(tag)
+        search = time.monotonic() - began
         if not found:
             clean += 1
             continue
@@ -217,7 +214,8 @@ def kill_tagged(tag: int, *, seconds: float = 10.0) -> int:
         # Let the dying leave, which takes the processors some time for what they had in memory; and longer when nobody
         # new has come: searching would take that from them.
         pause = min(_LONGEST_PAUSE, 2 * pause) if len(killed) == before else _SHORTEST_PAUSE
-        time.sleep(pause)
+        # And when the search itself takes long: those may be thousands who fork and leave faster than they are found.
+        time.sleep(max(pause, search))
     return len(killed)
 
 

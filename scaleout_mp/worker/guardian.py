@@ -104,15 +104,15 @@ class Guardian:
 
 def _reap(template: int) -> int | None:
     """Reap whoever has died; return the template's status when it is among them."""
-    found = None
     with contextlib.suppress(ChildProcessError):
         while True:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 break
             if pid == template:
-                found = status
-    return found
+                # Those that come now may die as fast as they are reaped.
+                return status
+    return None
 
 
 def _end_everything() -> None:
@@ -120,15 +120,14 @@ def _end_everything() -> None:
     deadline = time.monotonic() + _TRACKERS
     while children := process.children():
         spared = time.monotonic() < deadline
-        for pid in children:
-            if spared and tree.is_tracker(pid):
-                continue
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        # The youngest first: of those that fork and leave, the others are dead already.
+        process.kill_children(pid for pid in reversed(children) if not (spared and tree.is_tracker(pid)))
         select.poll().poll(_ROUND * 1000)
         with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
+            # Not until there is nobody, as above.
+            for _ in children:
+                if not os.waitpid(-1, os.WNOHANG)[0]:
+                    break
 
 
 def _clear_away(scratch: str) -> None:

@@ -16,7 +16,7 @@ import select
 import signal
 import sys
 import traceback
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 from scaleout_mp.errors import ChannelError
 from scaleout_mp.ipc import frames
@@ -28,12 +28,16 @@ from scaleout_mp.sandbox import pools, probe, process, tree
 from scaleout_mp.sandbox.confinement import Confinement
 from scaleout_mp.sandbox.layers import Layer, Preparation, Rules, prepare
 from scaleout_mp.worker import failures, resident, task
+from scaleout_mp.worker.orphans import Orphans
 from scaleout_mp.worker.script import Script
 from scaleout_mp.worker.shared_memory import PrivateSharedMemory
 from scaleout_mp.worker.spawned import Program, start_interpreter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+#: Children that are reaped before anything else is looked at.
+_MOST_AT_ONCE: Final = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,8 +82,7 @@ class Template:
         self._sent: dict[str, SentCallable] = {}
         self._loaded: dict[str, Callable[..., Any] | _NotLoaded] = {}
         self._spare: _Spare | None = None
-        #: Tags of tasks that ended since strays were looked for; None: nobody was reaped since.
-        self._ended_tags: set[int] | None = None
+        self._orphans = Orphans(lambda task_id, killed: channel.send(frames.encode(Kind.CLEARED, task_id, killed)))
         #: pid of each task's first process -> (task id, tag).
         self._tasks: dict[int, tuple[str, int]] = {}
         self._wakeup, self._wakeup_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -94,12 +97,13 @@ class Template:
         try:
             while True:
                 events = poll.poll(0)
+                if self._orphans.due or (not events and self._orphans.expected):
+                    self._orphans.look(self._adopted(), self._running())
                 if not events:
-                    self._kill_strays()
                     if not self._tasks:
                         self._shared_memory.clear()
                     self._keep_spare()
-                    events = poll.poll()
+                    events = poll.poll(self._orphans.pause)
                 ready = {descriptor for descriptor, _ in events}
                 if self._wakeup in ready:
                     with contextlib.suppress(BlockingIOError):
@@ -317,48 +321,44 @@ class Template:
         return loaded
 
     def _reap(self) -> None:
-        while True:
+        # Not until there is nobody: some may die as fast as they are reaped.
+        for _ in range(_MOST_AT_ONCE):
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
-                break
+                pid = 0
             if pid == 0:
-                break
-            self._ended_tags = self._ended_tags or set()
-            # Others are orphans of some task, adopted when their parent died.
+                self._orphans.caught_up()
+                return
+            self._orphans.note_death()
+            # Others are orphans of some task.
             ended = self._tasks.pop(pid, None)
             if ended is None:
                 continue
             task_id, tag = ended
-            self._ended_tags.add(tag)
+            strays = self._orphans.behind or bool(self._adopted())
+            if strays:
+                self._orphans.leave(task_id, tag)
             facts = {
                 "code": os.waitstatus_to_exitcode(status),
                 "cpu_seconds": usage.ru_utime + usage.ru_stime,
                 "max_rss": usage.ru_maxrss * 1024,
-                "strays": bool(self._orphans()),
+                "strays": strays,
             }
             self._channel.send(frames.encode(Kind.EXITED, task_id, facts))
+        self._orphans.hold_back(self._running())
+        # Full: it wakes all the same.
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wakeup_end, b"\0")
 
-    def _orphans(self) -> list[int]:
-        """Return the children that are no task's first process."""
+    def _adopted(self) -> list[int]:
+        """Return the children that are no task's first process, and not the spare."""
         spare = None if self._spare is None else self._spare.pid
         return [pid for pid in process.children() if pid not in self._tasks and pid != spare]
 
-    def _kill_strays(self) -> None:
-        """Kill orphans of an executor that ran inside a task which is gone: nobody else knows their tags.
-
-        Those of a task that has just ended are left to the supervisor, which counts them. Called when there is nothing
-        else to do: with each of a thousand that die, it would be a million looks.
-        """
-        ended_tags, self._ended_tags = self._ended_tags, None
-        if ended_tags is None:
-            return
-        known = ended_tags | {tag for _, tag in self._tasks.values()}
-        for pid in self._orphans():
-            if tree.is_stray(pid, known):
-                # A child keeps its pid until it is reaped here.
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+    def _running(self) -> list[int]:
+        """Return the tags of tasks whose first process is there."""
+        return [tag for _, tag in self._tasks.values()]
 
 
 def _confinement(frame: Frame) -> Confinement:

@@ -154,6 +154,15 @@ def fork_as_fast_as_killed(_):
     return "done"
 
 
+@fault(COMPLETED, returns="done", note=SOME_LEFT)
+def small_programs_that_fork_and_leave(_):
+    # Quicker than any search: a shell has little to copy.
+    chain = "f() { f & exit; }; f"
+    for _ in range(4):
+        subprocess.Popen(["sh", "-c", chain], start_new_session=True).wait()
+    return "done"
+
+
 def _replace_children():
     """Have a child at all times, whoever kills it."""
     while True:
