@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Mapping
 
-    from scaleout_mp.client import EdgeClient, GrpcConnectionOptions
+    from scaleout_mp.client import EdgeClient
     from scaleout_mp.config import Settings
     from scaleout_mp.model import ScaleoutModel
+    from scaleout_mp.supervisor.connection import Connection
     from scaleout_mp.supervisor.jobs import Job
     from scaleout_mp.supervisor.service import ClientService
     from scaleout_mp.supervisor.service_plan import ServicePlan
@@ -34,7 +35,7 @@ class InferenceRuntime(abc.ABC):
     """Staging and inference for the program itself. Every method may be called from any thread."""
 
     settings: Settings
-    _options: GrpcConnectionOptions | None
+    _connection: Connection
 
     def __init__(self) -> None:
         self._records_lost = False
@@ -97,7 +98,7 @@ class InferenceRuntime(abc.ABC):
         self._inference.close()
 
     async def _fetch(self, model_id: str) -> ScaleoutModel:
-        if self._options is None:
+        if not self._connection.known:
             raise ModelNotFoundError(
                 f"model {model_id} is not in the model cache {self.settings.model_cache_dir}, and this client is not "
                 "connected to load it from the network"
@@ -105,7 +106,7 @@ class InferenceRuntime(abc.ABC):
         return await self._download(model_id)
 
     def _on_record(self, record: Record) -> None:
-        if self._options is not None:
+        if self._connection.known:
             self._send(record)
         elif not self._records_lost and not isinstance(record, LogLine):
             self._records_lost = True

@@ -19,8 +19,6 @@ from scaleout_mp.errors import (
     AuthenticationError,
     CallbackNotSendable,
     ConfigError,
-    NotConnectedError,
-    ScaleoutError,
     StateError,
     TransportError,
 )
@@ -30,8 +28,8 @@ from scaleout_mp.executor.states import MAX_STATE
 from scaleout_mp.supervisor import connecting, messages, restart
 from scaleout_mp.supervisor.autonomous import AutonomousJob, AutonomousTask, OwnTaskOrder
 from scaleout_mp.supervisor.blocking import run_blocking
+from scaleout_mp.supervisor.connection import Connection
 from scaleout_mp.supervisor.farewell import LAST_WORDS
-from scaleout_mp.supervisor.given_token import GivenToken
 from scaleout_mp.supervisor.inference_runtime import InferenceRuntime
 from scaleout_mp.supervisor.record_runtime import RecordRuntime
 from scaleout_mp.supervisor.service import ABORTED_BY_CLIENT, ClientService
@@ -42,14 +40,6 @@ from scaleout_mp.task import (
     AbortOrigin,
     Record,
 )
-from scaleout_mp.transport.backoff import Backoff
-from scaleout_mp.transport.calls import CombinerCalls
-from scaleout_mp.transport.channel import CallCredentials, GrpcTls, open_channel
-from scaleout_mp.transport.diagnosis import tls_trouble
-from scaleout_mp.transport.link import LinkWatch
-from scaleout_mp.transport.rest import Assignment, AssignmentAnswer, request_assignment
-from scaleout_mp.transport.signatures import SignatureApi, SignatureCheck
-from scaleout_mp.transport.transfer import ModelTransfer
 
 if TYPE_CHECKING:
     import types
@@ -63,7 +53,7 @@ if TYPE_CHECKING:
     from scaleout_mp.model import ScaleoutModel
     from scaleout_mp.supervisor.jobs import Job
     from scaleout_mp.supervisor.package_callbacks import PackageSource
-    from scaleout_mp.supervisor.state import KeptId, StateFolder
+    from scaleout_mp.supervisor.state import StateFolder
     from scaleout_mp.transport.link_quality import LinkState
     from scaleout_mp.transport.message import MessageKind
     from scaleout_mp.transport.signatures import TrustedSigners
@@ -152,14 +142,13 @@ class GrpcEdgeClientRuntime(InferenceRuntime, RecordRuntime):
         )
         self.limits = self._plan_options.limits
         self._client = client
-        self._signers = trusted_signers or connecting.signers_of(self.settings)
         self._state_dir = self.settings.state_dir if state_dir is None else os.fspath(state_dir)
-        #: Where the client belongs: the API's address, or the combiner's when it never asked the API.
-        self._api_url: str | None = None
-        self._kept_id: KeptId | None = None
+        self._connection = Connection(
+            self.settings,
+            signers=trusted_signers or connecting.signers_of(self.settings),
+            state_dir=self._state_dir,
+        )
         self._moments = messages.Moments()
-        self._options: GrpcConnectionOptions | None = None
-        self._token = GivenToken(self.settings)
         # Guards what other threads touch while `run` comes and goes.
         self._lock = threading.Lock()
         self._running = False
@@ -205,19 +194,7 @@ class GrpcEdgeClientRuntime(InferenceRuntime, RecordRuntime):
         token_refresh_callback: Callable[..., None] | None = None,
     ) -> tuple[ConnectToApiResult, Any]:
         """Ask the REST API for a combiner; see EdgeClient."""
-        self._api_url = url
-        payload = connecting.assignment_payload(self.client, json, self.settings)
-        if not (self.client.client_id or (json or {}).get("client_id")):
-            self._kept_id = connecting.propose_kept_id(self._kept_id, payload, url, root=self._state_dir)
-        try:
-            tokens = self._token.take(token, url, token_refresh_callback, client=self.client, given=json)
-            answer = request_assignment(url, payload, settings=self.settings, tokens=tokens)
-        except ConfigError as error:
-            answer = AssignmentAnswer(outcome=Assignment.WRONG_URL, message=str(error))
-        except ScaleoutError as error:
-            answer = AssignmentAnswer(outcome=Assignment.UNAUTHORIZED, message=str(error))
-        result, given = connecting.read_assignment(answer, payload, self.client, self._kept_id)
-        return published.as_known_to(self.client, result), given
+        return self._connection.ask_api(self.client, url, json, token, token_refresh_callback)
 
     def init_grpchandler(
         self,
@@ -242,65 +219,11 @@ class GrpcEdgeClientRuntime(InferenceRuntime, RecordRuntime):
         token_refresh_callback: Callable[..., None] | None = None,
     ) -> None:
         """Do as `init_grpchandler`; TransportError says, in one line, which combiner will not do and why."""
-        try:
-            self._token.take(token, url, token_refresh_callback, client=self.client)
-            self._api_url = url or self._api_url
-            self._options = config = published.options_from(config)
-            if self.settings.check_version:
-                run_blocking(self._check_version)
-        except ScaleoutError as error:
-            self._options = None
-            tls = "on" if self._secure(config) else "off"
-            where = f"{config.host}:{config.port} (TLS {tls})"
-            raise TransportError(f"cannot use the combiner at {where}: {error}") from error
-
-    async def _check_version(self) -> None:
-        # Somebody waits at a terminal: each failed try is said.
-        calls = self._open_calls(backoff=Backoff(), link=LinkWatch(repeat_level=logging.WARNING))
-        try:
-            await connecting.check_version(
-                calls,
-                client_id=self.client.client_id or "",
-                version=self.settings.client_version,
-                trouble=self._tls_trouble,
-            )
-        finally:
-            await calls.aclose()
-
-    def _tls_trouble(self) -> str | None:
-        options = self._require_options()
-        return tls_trouble(options.host, options.port, secure=self._secure(options), tls=GrpcTls.of(self.settings))
-
-    def _secure(self, options: GrpcConnectionOptions) -> bool:
-        if self.settings.grpc_secure is not None:
-            return self.settings.grpc_secure
-        return True if options.grpc_secure is None else options.grpc_secure
-
-    def _open_calls(self, *, backoff: Backoff | None = None, link: LinkWatch | None = None) -> CombinerCalls:
-        """Open a channel on the running loop."""
-        options = self._require_options()
-        channel = open_channel(
-            options.host,
-            options.port,
-            secure=self._secure(options),
-            tls=GrpcTls.of(self.settings),
-        )
-        credentials = CallCredentials(
-            client_id=self.client.client_id or "",
-            name=self.client.name or self.client.client_id or "",
-            tokens=self._token.source,
-            scheme=self.settings.auth_scheme,
-        )
-        return CombinerCalls(channel, credentials, backoff=backoff, link=link)
-
-    def _require_options(self) -> GrpcConnectionOptions:
-        if self._options is None:
-            raise NotConnectedError
-        return self._options
+        self._connection.ask_combiner(self.client, config, token, url, token_refresh_callback)
 
     def get_access_token(self) -> str | None:
         """Return the access token that is in use, refreshed where needed; None without one."""
-        return None if self._token.source is None else self._token.source.access_token()
+        return self._connection.access_token()
 
     # Running
 
@@ -314,7 +237,7 @@ class GrpcEdgeClientRuntime(InferenceRuntime, RecordRuntime):
         folder that was asked for cannot be used, and AuthenticationError when the combiner refuses the client at the
         start.
         """
-        options = self._require_options()
+        network = self._connection.require_network()
         client = self.client
         if not client.client_id:
             raise ConfigError("the client has no id: call connect_to_api or set_client_id before run")
@@ -326,8 +249,7 @@ class GrpcEdgeClientRuntime(InferenceRuntime, RecordRuntime):
         try:
             # Not two executors that know nothing of each other's share of the machine.
             self._inference.close()
-            network = self._api_url or f"{options.host}:{options.port}"
-            with opened_state(client.client_id, network.rstrip("/"), root=self._state_dir) as state:
+            with opened_state(client.client_id, network, root=self._state_dir) as state:
                 restarts = run_blocking(
                     lambda: self._main(plan, client, state),
                     on_interrupt=self._interrupt,
@@ -351,12 +273,12 @@ class GrpcEdgeClientRuntime(InferenceRuntime, RecordRuntime):
             with_heartbeat=with_heartbeat,
             with_polling=with_polling,
             cannot_restart=restart.why_not(),
-            make_transfer=self._make_transfer,
+            make_transfer=self._connection.make_transfer,
         )
 
     async def _main(self, plan: ServicePlan, client: EdgeClient, state: StateFolder | None) -> bool:
         """Serve, and return whether the program is to be started anew."""
-        service = ClientService(plan, client, self._open_calls(), state)
+        service = ClientService(plan, client, self._connection.open_calls(client), state)
         with self._lock:
             self._at_work = asyncio.get_running_loop(), service
             early, self._early = self._early, []
@@ -424,7 +346,7 @@ class GrpcEdgeClientRuntime(InferenceRuntime, RecordRuntime):
 
         It begins once the client runs. Raises NotConnectedError before `init_grpchandler`.
         """
-        self._require_options()
+        self._connection.require_options()
         order = OwnTaskOrder(task=task, make=make)
         if not self._on_loop(lambda service: service.start_own(order)):
             with self._lock:
@@ -443,12 +365,12 @@ class GrpcEdgeClientRuntime(InferenceRuntime, RecordRuntime):
         if self._on_loop(lambda service: service.put(*message)):
             return True
         with self._lock:
-            if self._options is not None and len(self._early) < _MAX_EARLY:
+            if self._connection.known and len(self._early) < _MAX_EARLY:
                 self._early.append(message)
                 return True
         logger.error(
             "nothing is logged: %s",
-            "the client is not connected" if self._options is None else "too much waits for run",
+            "too much waits for run" if self._connection.known else "the client is not connected",
             extra={"action": "log_refused"},
         )
         return False
@@ -465,23 +387,7 @@ class GrpcEdgeClientRuntime(InferenceRuntime, RecordRuntime):
 
     def post_signature(self, signature: Mapping[str, Any]) -> None:
         """Have the API keep what `ScaleoutModel.sign` returned; blocks. Raises ConfigError and TransportError."""
-        self._signature_api().post(signature)
-
-    def _signature_api(self) -> SignatureApi:
-        if not self._api_url:
-            raise ConfigError("signatures need the API's URL: call connect_to_api, or give init_grpchandler the url")
-        return SignatureApi(self._api_url, settings=self.settings, tokens=self._token.source)
-
-    def _make_transfer(self, calls: CombinerCalls) -> ModelTransfer:
-        check = None
-        if self._signers is not None and self._signers.policy != "off":
-            check = SignatureCheck(self._signers, self._signature_api(), calls)
-        return ModelTransfer(calls, max_size=self.settings.max_model_size, check=check)
+        self._connection.signature_api().post(signature)
 
     async def _download(self, model_id: str) -> ScaleoutModel:
-        # On a channel of its own, for the loop of `run` may not exist yet, or not any more.
-        calls = self._open_calls()
-        try:
-            return await self._make_transfer(calls).download(model_id)
-        finally:
-            await calls.aclose()
+        return await self._connection.download(self.client, model_id)

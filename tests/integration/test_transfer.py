@@ -393,7 +393,7 @@ def test_signers_are_read_from_a_folder(keys, tmp_path):
     (tmp_path / "alice.pem").write_bytes(pem)
     assert list(TrustedSigners.from_folder(tmp_path).keys) == ["alice"]
     env = {"SCALEOUT_MP_TRUSTED_SIGNERS": str(tmp_path), "SCALEOUT_MP_SIGNATURES": "warn"}
-    assert GrpcEdgeClientRuntime(settings=Settings.from_environ(env))._signers.policy == "warn"
+    assert GrpcEdgeClientRuntime(settings=Settings.from_environ(env))._connection.signers.policy == "warn"
     (tmp_path / "broken.pem").write_text("x")
     with pytest.raises(ConfigError, match=r"broken\.pem is no public key"):
         TrustedSigners.from_folder(tmp_path)
