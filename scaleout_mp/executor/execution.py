@@ -53,6 +53,10 @@ _START_GRACE: Final = 1.0
 #: Descendants of a task beyond which a search for them is not for the event loop.
 _MANY: Final = 32
 
+#: Seconds that a task's stacks may take to be had from inside, where no grace bounds them, and from outside.
+_STACKS_ALL: Final = 0.3
+_SPY: Final = 1.0
+
 #: Ends at which the question is where the task was stuck.
 _STUCK: Final = frozenset({EndReason.WALL_TIME, EndReason.NO_PROGRESS})
 
@@ -379,12 +383,12 @@ class Execution:
         if not child.started.done():
             self._launcher.abandon(self.task_id)
         if self._evidence.stop is not None and self._evidence.stop.reason in _STUCK:
-            await self._take_stacks(forcibly=grace == 0)
+            await self._take_stacks(None, forcibly=grace == 0)
         await ladder.climb(
             tag=self._tag,
             grace=grace,
             ask=lambda: lines.channel.send(frames.encode(Kind.ABORT, abort_text, self.task_id)),
-            not_heeded=self._take_stacks,
+            not_heeded=lambda: self._take_stacks(self._loop.time() + grace / 4),
             gone=self._gone(child),
             hurry=self._hurry,
             on_stage=self._on_stage,
@@ -404,18 +408,25 @@ class Execution:
         """Return what is done once the task needs no further stopping."""
         return child.exited
 
-    async def _take_stacks(self, *, forcibly: bool = True) -> None:
+    async def _take_stacks(self, until: float | None, *, forcibly: bool = True) -> None:
         """Note where the task is, once: later it is on its way out, or gone.
 
+        `until`: when it should be done, on the loop's clock; with that, somebody is asked who looks from outside.
         `forcibly`: if it does not answer otherwise, in a way that may crash it; only once it is to be killed anyway.
         """
         seen, watched, lines = self._evidence, self._tree, self._lines
         if seen.stacks is not None or watched is None or lines is None:
             return
-        seen.stacks = await lines.take_stacks(watched.pid, self._tag, gently=True)
+
+        def left() -> float:
+            return _STACKS_ALL if until is None else max(0.0, until - self._loop.time())
+
+        seen.stacks = await lines.take_stacks(watched.pid, self._tag, gently=True, seconds=left() / 3)
         if seen.stacks is None and forcibly:
             seen.stacks_forced = True
-            seen.stacks = await lines.take_stacks(watched.pid, self._tag, gently=False)
+            seen.stacks = await lines.take_stacks(watched.pid, self._tag, gently=False, seconds=left() / 2)
+        if seen.stacks is None and until is not None and left() > 0:
+            seen.stacks = await lines.take_stacks_from_outside(watched.pid, self._tag, seconds=min(_SPY, left()))
 
     def _on_stage(self, stage: StopStage) -> None:
         self._evidence.stopped_by = stage

@@ -8,6 +8,7 @@ import fcntl
 import os
 from typing import TYPE_CHECKING, Final
 
+from scaleout_mp.executor import spy
 from scaleout_mp.executor.output import OutputTail
 from scaleout_mp.ipc.channel import channel_pair, close_all
 from scaleout_mp.ipc.loop_channel import SupervisorChannel
@@ -85,7 +86,7 @@ class TaskLines:
         """Turn away from a task that is over; what is printed until the next one is nobody's."""
         self.channel.serve(on_frame, on_closed)
 
-    async def take_stacks(self, pid: int, tag: int, *, gently: bool) -> str | None:
+    async def take_stacks(self, pid: int, tag: int, *, gently: bool, seconds: float = _STACKS_WAIT) -> str | None:
         """Return the Python stacks of all threads of a process at this moment; None when it does not answer.
 
         `gently`: only if the process gets to it between two instructions of Python. Else it is interrupted wherever it
@@ -96,13 +97,11 @@ class TaskLines:
         if not tree.catches(pid, number):
             # It would die of it.
             return None
-        # Of an earlier call; the offset is one for both ends.
-        os.pwrite(self._stacks, bytes(_STACKS_SIZE), 0)
-        os.lseek(self._stacks, 0, os.SEEK_SET)
+        self._clear_stacks()
         if not tree.signal_process(pid, tag, number):
             return None
         # A memfd has no event to wait for.
-        deadline = asyncio.get_running_loop().time() + _STACKS_WAIT
+        deadline = asyncio.get_running_loop().time() + min(seconds, _STACKS_WAIT)
         text = b""
         while asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.002)
@@ -111,6 +110,25 @@ class TaskLines:
                 break
             text = longer
         return text.decode("utf-8", "backslashreplace") or None
+
+    async def take_stacks_from_outside(self, pid: int, tag: int, *, seconds: float) -> str | None:
+        """Return the Python stacks of a process that does not answer, as py-spy reads them; None: there are none.
+
+        Takes at most so many seconds. The task could have made up what is read there.
+        """
+        descriptor = _bounded_memory()
+        try:
+            if not await asyncio.to_thread(spy.read_stacks, pid, tag, descriptor, seconds=seconds):
+                return None
+            text = os.pread(descriptor, _STACKS_SIZE, 0).rstrip(b"\0")
+        finally:
+            os.close(descriptor)
+        return text.decode("utf-8", "backslashreplace") or None
+
+    def _clear_stacks(self) -> None:
+        # Of an earlier call; the offset is one for both ends.
+        os.pwrite(self._stacks, bytes(_STACKS_SIZE), 0)
+        os.lseek(self._stacks, 0, os.SEEK_SET)
 
     def output(self) -> tuple[str, str]:
         """Return the ends of standard output and standard error, with all that is still in the pipes."""

@@ -22,6 +22,7 @@ _PR_GET_DUMPABLE: Final = 3
 _PR_SET_DUMPABLE: Final = 4
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _PR_SET_NO_NEW_PRIVS: Final = 38
+_PR_SET_PTRACER: Final = 0x59616D61
 
 #: On this signal a task writes the Python stacks of all its threads to `STACK_DESCRIPTOR`. A real-time signal that no
 #: library is known to use; SIGUSR1 and SIGUSR2 belong to the user.
@@ -70,6 +71,16 @@ def is_dumpable() -> bool:
 def set_dumpable(allowed: bool) -> None:
     """Let other processes of this user look into this one, or forbid it."""
     prctl(_PR_SET_DUMPABLE, int(allowed))
+
+
+def may_be_read_by(pid: int) -> None:
+    """Let a process, and its descendants, read this one's memory where yama would have forbidden it.
+
+    Each fork of this process has to allow it anew. What else stands in the way stays.
+    """
+    # Without yama there is no such property.
+    with contextlib.suppress(OSError):
+        prctl(_PR_SET_PTRACER, pid)
 
 
 def run_before_others() -> None:

@@ -241,6 +241,7 @@ class Template:
             # Signals first: a handler of the template must not run here.
             process.reset_signals(self._changed_signals)
             process.die_with_parent(self._pid)
+            process.may_be_read_by(self._supervisor)
             os.setsid()
             self._preparation.own.put_on_early()
             frame = order()
