@@ -70,6 +70,10 @@ class TaskRefused(TaskError):  # noqa: N818
     """The task was never started."""
 
 
+class ExecutorClosedError(ScaleoutError, RuntimeError):
+    """No more is taken: what runs tasks is closing, or closed."""
+
+
 class CallbackNotSendable(ScaleoutError):  # noqa: N818
     """A callback could not be sent to the process that runs it.
 

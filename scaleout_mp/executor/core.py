@@ -13,7 +13,7 @@ from scaleout_mp.config.checks import parse_modules, require_flag, require_kind,
 from scaleout_mp.config.limits import parse_size
 from scaleout_mp.config.resources import parse_gpus, parse_memory_budget
 from scaleout_mp.config.sandbox import Level, LevelName, as_sandbox
-from scaleout_mp.errors import ConfigError
+from scaleout_mp.errors import ConfigError, ExecutorClosedError
 from scaleout_mp.executor.execution import Execution
 from scaleout_mp.executor.output import OutputRelay
 from scaleout_mp.executor.plan import ExecutionPlan
@@ -226,7 +226,7 @@ class ExecutorCore:
         """Order a task whose arguments were packed before, on another thread for example. Takes them over."""
         if self._closing:
             packed.close()
-            raise RuntimeError("the executor is closed")
+            raise ExecutorClosedError
         plan = ExecutionPlan(
             task_id=task_id or uuid.uuid4().hex,
             name=name or call.name,

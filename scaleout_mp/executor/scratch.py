@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
 from typing import TYPE_CHECKING, Final
 
+from scaleout_mp.executor.threads import Threads
 from scaleout_mp.sandbox.scratch import ScratchFolders
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class ScratchKeeper:
         """Have folders made below `parent`; None: in the temp folder."""
         self._parent = parent
         self._folders: ScratchFolders | None = None
-        self._threads = concurrent.futures.ThreadPoolExecutor(_REMOVERS, thread_name_prefix="scaleout-scratch")
+        self._threads = Threads(_REMOVERS, name="scaleout-scratch")
         self._removals: set[asyncio.Future[object]] = set()
         #: On the loop's clock.
         self._slow_until = 0.0

@@ -15,6 +15,7 @@ from scaleout_mp.executor.core import PRELOAD, ExecutorCore, check_order
 from scaleout_mp.executor.record_queue import RecordQueue
 from scaleout_mp.executor.residents import IDLE_SECONDS
 from scaleout_mp.executor.states import MAX_STATE
+from scaleout_mp.executor.threads import Threads
 from scaleout_mp.executor.worker_handle import Worker, WorkerOptions, check_isolation, pack_set_up
 from scaleout_mp.ipc import arguments, callables
 from scaleout_mp.task import AbortOrigin, ExitReport, Record, TaskState
@@ -355,6 +356,7 @@ class TaskExecutor:
         # The template's death signal is bound to the thread that starts it: this one, which lives as long as needed.
         with asyncio.Runner() as runner:
             self._loop = runner.get_loop()
+            self._loop.set_default_executor(Threads())
             try:
                 runner.run(self._core.start())
             except Exception as error:  # noqa: BLE001 - it is raised in the thread that opened the executor

@@ -7,6 +7,8 @@ import concurrent.futures
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from scaleout_mp.executor.threads import Threads
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
@@ -21,6 +23,13 @@ def _loop_runs_here() -> bool:
     return True
 
 
+def _run(make: Callable[[], Coroutine[Any, Any, T]], loop_factory: Callable[[], asyncio.AbstractEventLoop] | None) -> T:
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        # A program's main thread may end while a client runs in another one.
+        runner.get_loop().set_default_executor(Threads())
+        return runner.run(make())
+
+
 def run_blocking(
     make: Callable[[], Coroutine[Any, Any, T]],
     *,
@@ -33,14 +42,12 @@ def run_blocking(
     raising. `loop_factory` makes the loop, whose clock is that of all that waits; None: asyncio's own.
     """
     if not _loop_runs_here():
-        with asyncio.Runner(loop_factory=loop_factory) as runner:
-            return runner.run(make())
+        return _run(make, loop_factory)
     result: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def work() -> None:
         try:
-            with asyncio.Runner(loop_factory=loop_factory) as runner:
-                result.set_result(runner.run(make()))
+            result.set_result(_run(make, loop_factory))
         except BaseException as error:  # noqa: BLE001 - it is raised in the thread that waits
             result.set_exception(error)
 

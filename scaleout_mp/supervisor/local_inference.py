@@ -6,13 +6,15 @@ import asyncio
 import atexit
 import concurrent.futures
 import logging
+import os
 import threading
 import uuid
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from scaleout_mp.client.calls import RequestInfo
 from scaleout_mp.client.inference_calls import INFERENCE
-from scaleout_mp.errors import ConfigError, ModelError
+from scaleout_mp.errors import ConfigError, ExecutorClosedError, ModelError
+from scaleout_mp.executor.threads import Threads
 from scaleout_mp.ipc.arguments import pack_plain
 from scaleout_mp.ipc.lent import Lender
 from scaleout_mp.model import ScaleoutModel
@@ -34,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: Seconds between two looks at whether a loop is still there that somebody waits for.
+_LOOK_EVERY: Final = 1.0
+
 
 class LocalInference:
     """Blocking calls, from any thread. What they start outside a client that runs stays until `close`."""
@@ -53,9 +58,18 @@ class LocalInference:
         self._at_work = at_work
         self._fetch = fetch
         self._on_record = on_record
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._host: _Host | None = None
         self._lender = Lender()
+
+    def _require_own(self) -> None:
+        """Have a process that was forked from the program begin with nothing: what there was is its parent's."""
+        if self._pid != os.getpid():
+            self._start_anew()
 
     def stage(self, model: ScaleoutModel | str) -> ScaleoutModel:
         """Put a model into the cache and have a process stage it; return it as it lies in the cache.
@@ -63,6 +77,7 @@ class LocalInference:
         Raises a ScaleoutError; a TaskError when it was the stage callback that did not complete.
         """
         require_model(model)
+        self._require_own()
 
         async def stage(models: StagedModels) -> tuple[ScaleoutModel, Outcome | None]:
             staged = await models.stage(model)
@@ -85,6 +100,7 @@ class LocalInference:
         Raises a ScaleoutError; a TaskError when it was the callback that did not complete.
         """
         require_model(model)
+        self._require_own()
         task_id = uuid.uuid4().hex
         model_id = model if isinstance(model, str) else model.model_id or ""
         request = RequestInfo(type=INFERENCE, correlation_id=task_id, model_id=model_id, round_id="", session_id="")
@@ -107,7 +123,12 @@ class LocalInference:
             except BaseException:
                 packed.close()
                 raise
-            outcome = self._wait(*place)
+            try:
+                outcome = self._wait(*place)
+            except ExecutorClosedError:
+                # Maybe before anybody took them over.
+                packed.close()
+                raise
             back = outcome.lent_back
             return outcome
         finally:
@@ -118,9 +139,23 @@ class LocalInference:
 
     @staticmethod
     def _wait(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, loop)
         try:
-            return future.result()
+            future = asyncio.run_coroutine_threadsafe(work, loop)
+        except RuntimeError:
+            work.close()
+            raise ExecutorClosedError from None
+        try:
+            while True:
+                try:
+                    return future.result(_LOOK_EVERY)
+                except TimeoutError:
+                    if future.done():
+                        return future.result()
+                    # A loop that ended in between answers nobody.
+                    if loop.is_closed():
+                        raise ExecutorClosedError from None
+        except concurrent.futures.CancelledError:
+            raise ExecutorClosedError from None
         except BaseException:
             # Ctrl-C while it waits: nobody wants the answer any more.
             future.cancel()
@@ -148,6 +183,7 @@ class LocalInference:
 
     def close(self) -> None:
         """End the processes that hold models outside a client that runs; later calls start anew."""
+        self._require_own()
         with self._lock:
             host, self._host = self._host, None
             lender, self._lender = self._lender, Lender()
@@ -167,6 +203,8 @@ class _Host:
         self._plan = plan
         self._client = client
         self._fetch = fetch
+        self._pid = os.getpid()
+        self._threads = Threads()
         ready: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._work, args=(ready,), name="scaleout-inference", daemon=True)
         self._thread.start()
@@ -175,15 +213,30 @@ class _Host:
 
     def _work(self, ready: concurrent.futures.Future[None]) -> None:
         # The template's death signal is bound to the thread that starts it: this one, which lives as long as needed.
-        with asyncio.Runner() as runner:
-            self.loop = runner.get_loop()
-            try:
-                runner.run(self._open())
-            except BaseException as error:  # noqa: BLE001 - it is raised in the thread that wanted it
-                ready.set_exception(error)
-                return
+        self.loop = asyncio.new_event_loop()
+        # A program that does not close the client does so in an exit handler.
+        self.loop.set_default_executor(self._threads)
+        try:
+            self.loop.run_until_complete(self._open())
             ready.set_result(None)
             self.loop.run_forever()
+        except BaseException as error:
+            if ready.done():
+                raise
+            # It is raised in the thread that wanted it.
+            ready.set_exception(error)
+        finally:
+            self.loop.run_until_complete(self._give_up_rest())
+            self._threads.shutdown()
+            self.loop.close()
+
+    @staticmethod
+    async def _give_up_rest() -> None:
+        """Let nobody wait who came while it closed."""
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
 
     async def _open(self) -> None:
         self._core = self._plan.make_core()
@@ -198,6 +251,9 @@ class _Host:
     def close(self) -> None:
         """Abort what runs and end all processes."""
         atexit.unregister(self.close)
+        if self._pid != os.getpid():
+            # A fork of the program ends, which has no part in this.
+            return
         asyncio.run_coroutine_threadsafe(self._aclose(), self.loop).result()
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()

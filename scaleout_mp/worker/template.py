@@ -86,8 +86,13 @@ class Template:
         #: pid of each task's first process -> (task id, tag).
         self._tasks: dict[int, tuple[str, int]] = {}
         self._wakeup, self._wakeup_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._take_signals()
+
+    def _take_signals(self) -> None:
+        """Hear of children that end. Said anew when user code was loaded: an asyncio loop that ran in it is enough."""
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._wakeup_end, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
 
     def serve(self) -> NoReturn:
         """Answer the supervisor until it is gone."""
@@ -154,6 +159,7 @@ class Template:
                         importlib.import_module(module)
                 except BaseException as error:  # noqa: BLE001 - a preload is a courtesy; the supervisor logs it
                     problems.append(f"cannot preload {module}: {type(error).__name__}: {error}")
+        self._take_signals()
         preparation = self._preparation
         confined = {"in_force": list(preparation.in_force), "missing": list(preparation.missing)}
         self._channel.send(frames.encode(Kind.READY, fatal, problems, self._check_forkable(), confined))
@@ -178,6 +184,9 @@ class Template:
             except BaseException as error:  # noqa: BLE001 - user code runs while its module is imported
                 failure = self._loaded[key] = _NotLoaded.by(error)
                 problem = failure.problem
+            self._take_signals()
+            # Of those that ended while it was loaded, nobody may have been told.
+            self._reap()
         self._channel.send(frames.encode(Kind.LOADED, key, problem, self._check_forkable()))
 
     def _check_forkable(self) -> str | None:

@@ -647,6 +647,10 @@ def test_exit_handlers_of_the_template_are_not_run(executor):
         assert len(folders) == 1
 
 
+def test_signals_that_user_code_takes_while_it_is_loaded_do_not_hide_the_end_of_tasks(executor):
+    assert executor.submit(programs.TakesSignals()).result(20) == "ran"
+
+
 def test_slips_in_logging_raise_where_they_are_made(executor):
     for arguments in ((-1, "x"), (True, "x"), (0, "x" * 2000)):
         report = executor.submit(programs.log_metric, *arguments).report(20)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import textwrap
+import threading
 
 import inference_callbacks as callbacks
 import numpy as np
 import pytest
 from edge_running import POLLING, RunningClient
-from observing import gone
+from observing import gone, wait_until
 
-from scaleout_mp import Limits, ScaleoutModel
+from scaleout_mp import Limits, ScaleoutModel, TaskKilled
 from scaleout_mp.config import Settings
-from scaleout_mp.errors import ModelError
+from scaleout_mp.errors import ExecutorClosedError, ModelError
 from scaleout_mp.localnet import LocalNetworkThread
 from scaleout_mp.localnet.events import (
     InferenceReceived,
@@ -194,6 +195,26 @@ def test_the_program_asks_while_the_client_runs(net, running, model_id, tmp_path
     # Without a client that runs, in an executor of its own, with what is in the cache.
     assert edge.client.run_inference(model_id)["answers"] == 1
     edge.client.close()
+
+
+def test_what_the_program_asks_while_the_client_ends_is_refused(net, running, model_id):
+    edge = running(limits=Limits(abort_grace=1))
+
+    def hang():
+        with pytest.raises(TaskKilled):
+            edge.client.run_inference(model_id, {"do": "hang"})
+
+    with edge:
+        thread = threading.Thread(target=hang)
+        thread.start()
+        net.wait_for(lambda event: isinstance(event, MetricReceived), timeout=10)
+        _, service = edge.runtime._service_at_work()
+        edge.runtime.stop()
+        wait_until(lambda: service._core._closing, seconds=10)
+        with pytest.raises(ExecutorClosedError):
+            edge.client.run_inference(model_id)
+        thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_the_client_starts_an_inference_by_itself(net, running, model_id):

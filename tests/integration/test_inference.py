@@ -392,6 +392,20 @@ if __name__ == "__main__":
             print("interrupted", flush=True)
             assert client.run_inference(model) != 0
             print("asked again", flush=True)
+    else:
+        # A fork of the program has no part in its processes, and its end does not touch them.
+        fork = os.fork()
+        if not fork:
+            sys.exit(client.run_inference(model) == os.getpid())
+        print("fork ended with", os.waitpid(fork, 0)[1], flush=True)
+
+        def go_on():
+            threading.main_thread().join()
+            with ScaleoutModel.from_training_model([np.zeros(4)]) as other:
+                client.stage_model(other).close()
+            print("staged after the main thread's end", flush=True)
+
+        threading.Thread(target=go_on).start()
 """
 
 
@@ -402,10 +416,14 @@ def test_a_script_leaves_nothing(tmp_path, how):
     arguments = [script] if how == "end" else [script, "hang"]
     with Program(*arguments, env={"SCALEOUT_MODEL_CACHE_DIR": str(tmp_path / "cache")}) as program:
         worker = int(program.wait_for_line("worker", seconds=20).split()[1])
+        if how == "end":
+            program.wait_for_line("fork ended with 0", seconds=20)
+            program.wait_for_line("staged after the main thread's end", seconds=20)
         if how == "interrupt":
             program.wait_for_line("hangs", seconds=20)
             program.send(signal.SIGINT)
             program.wait_for_line("asked again", seconds=40)
         assert program.end(seconds=20) == 0
+        assert "Traceback" not in "\n".join(program.lines)
         wait_until(lambda: gone(worker), seconds=5)
         program.require_nothing_left(seconds=2)
