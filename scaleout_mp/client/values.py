@@ -127,10 +127,22 @@ def _json_value(value: Any, path: str, depth: int, lost: list[str]) -> Any:
     if isinstance(plain, float) and not math.isfinite(plain):
         lost.append(path)
         return None
+    if type(plain) is int and not -(1 << 63) <= plain < 1 << 64:
+        raise TypeError(f"{path} is a whole number of more than 64 bits")
+    if type(plain) is str and not _is_text(plain):
+        raise TypeError(f"{path} is a string with a lone surrogate in it, which is no text")
     if plain is not None or value is None:
         return plain
     hint = "; call .tolist() on it" if hasattr(value, "tolist") else ""
     raise TypeError(f"{path} is of type {type(value).__name__}, which JSON cannot carry{hint}")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _json_key(key: Any, path: str) -> str:

@@ -140,11 +140,25 @@ class Lender:
                 memory.close()
 
 
+#: How often this process was forked by Python.
+_forks = 0
+
+
+def _note_fork() -> None:
+    global _forks  # noqa: PLW0603 - a fact about the process
+    _forks += 1
+
+
+# It sees those that waitid(2) does not find: a child that left one of its own behind is gone.
+os.register_at_fork(after_in_parent=_note_fork)
+
+
 class Borrowed:
     """What a borrower has of it."""
 
     def __init__(self, descriptor: int) -> None:
         """Map it, so that what is written stays in this process. Takes over the descriptor."""
+        self._forks = _forks
         try:
             self._map = mmap.mmap(descriptor, os.fstat(descriptor).st_size, access=mmap.ACCESS_COPY)
         finally:
@@ -161,7 +175,9 @@ class Borrowed:
         return segments
 
     def let_go(self) -> bool:
-        """Return whether nothing refers to it any more, here or in a child of this process; then it is unmapped."""
+        """Return whether nothing refers to it any more, here or below this process; then it is unmapped."""
+        if self._forks != _forks:
+            return False
         try:
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:

@@ -18,7 +18,7 @@ from scaleout_mp.ipc import segments
 from scaleout_mp.ipc.channel import close_all
 from scaleout_mp.model import ScaleoutModel
 from scaleout_mp.model.memfd import MemoryFile, SealedMemory, verify_sealed
-from scaleout_mp.model.numpy_used import is_array, is_scalar, np
+from scaleout_mp.model.numpy_used import is_array, is_masked, is_scalar, np
 
 _TUPLE: Final = 1
 _ARRAY: Final = 2
@@ -97,17 +97,20 @@ class _Encoder:
         return len(self.models) - 1
 
     def _array(self, array: np.ndarray[Any, Any]) -> bytes:
-        if (
-            array.dtype.kind not in _PLAIN_KINDS
-            or array.dtype.hasobject
-            or array.dtype.names
-            or not array.dtype.itemsize
-        ):
+        if not _passes(array.dtype):
             raise ValueNotSendable(f"an array of dtype {array.dtype} cannot be returned from a task")
+        if is_masked(array):
+            raise ValueNotSendable("a masked array cannot be returned from a task: return its data and its mask")
         order: Literal["C", "F"] = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
         flat = np.asarray(array, order=order).reshape(-1, order=order)
         self.arrays.append(flat.view(np.uint8).data if flat.nbytes else memoryview(b""))
         return self.pack([array.dtype.str, list(array.shape), order, len(self.arrays)])
+
+
+def _passes(dtype: np.dtype[Any]) -> bool:
+    """Whether a dtype is made again from its `str`: other packages', as bfloat16, call themselves void there."""
+    of_numpy = dtype.kind != "V" or dtype.type is np.void
+    return bool(of_numpy and dtype.kind in _PLAIN_KINDS and not dtype.hasobject and not dtype.names and dtype.itemsize)
 
 
 def encode(value: Any) -> EncodedValue:

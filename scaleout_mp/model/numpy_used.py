@@ -41,4 +41,10 @@ def is_scalar(value: Any) -> TypeGuard[np.generic]:
     return "numpy" in sys.modules and isinstance(value, np.generic)
 
 
-__all__ = ["is_array", "is_scalar", "np", "npy_format"]
+def is_masked(array: np.ndarray[Any, Any]) -> bool:
+    """Whether an array is a masked one. Imports nothing for it."""
+    masked = sys.modules.get("numpy.ma")
+    return masked is not None and isinstance(array, masked.MaskedArray)
+
+
+__all__ = ["is_array", "is_masked", "is_scalar", "np", "npy_format"]

@@ -27,7 +27,10 @@ class ArchiveLimits:
     """What an archive may hold; bytes are those after decompression."""
 
     max_bytes: int = 4 * 2**30
+    #: Folders that no entry names, but the path of one, count as well.
     max_entries: int = 50_000
+    #: Folders in folders. What is nested deeper can be unpacked, but not by everybody removed.
+    max_depth: int = 64
 
 
 _DEFAULT: Final = ArchiveLimits()
@@ -52,10 +55,15 @@ def unpack(archive: str, folder: str, *, limits: ArchiveLimits = _DEFAULT) -> No
         with _decompressed(archive) as stream:
             _unpack(_Bounded(stream, limits.max_bytes), temporary, limits)
         os.rename(temporary, folder)
+    except (PackageError, MemoryError):
+        raise
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise PackageError(f"{archive} is no tar archive, or a broken one: {error}") from error
     except OSError as error:
         raise PackageError(f"{archive} cannot be unpacked: {error}") from error
+    except Exception as error:
+        # Headers that contradict themselves have tarfile raise ValueError, RecursionError and others.
+        raise PackageError(f"{archive} is a broken tar archive: {type(error).__name__}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -111,11 +119,27 @@ def _unpack(stream: _Bounded, folder: str, limits: ArchiveLimits) -> None:
     with tarfile.open(fileobj=stream, mode="r:") as archive:
         count = 0
         while (member := archive.next()) is not None:
-            count += 1
+            count += 1 + _make_folders(member, folder, limits)
             if count > limits.max_entries:
                 raise PackageError(f"the archive holds more than {limits.max_entries} entries")
             _unpack_member(archive, member, folder)
             archive.members.clear()  # type: ignore[attr-defined]
+
+
+def _make_folders(member: tarfile.TarInfo, folder: str, limits: ArchiveLimits) -> int:
+    """Make the folders that a member lies in; return how many there were not."""
+    *parents, _ = _inside(member.name, member.name).split("/")
+    if len(parents) > limits.max_depth:
+        raise PackageError(
+            f"the archive's entry {member.name[:80]!r}... lies more than {limits.max_depth} folders deep"
+        )
+    made, path = 0, folder
+    for name in parents:
+        path = os.path.join(path, name)
+        if not os.path.isdir(path):
+            os.mkdir(path)
+            made += 1
+    return made
 
 
 def _unpack_member(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: str) -> None:
@@ -125,15 +149,19 @@ def _unpack_member(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: st
     path = os.path.join(folder, name)
     if os.path.lexists(path) and not (member.isdir() and os.path.isdir(path)):
         raise PackageError(f"the archive holds {member.name!r} twice")
-    os.makedirs(path if member.isdir() else os.path.dirname(path), exist_ok=True)
-    if member.isreg():
+    if member.isdir():
+        os.makedirs(path, exist_ok=True)
+    elif member.issparse():
+        # A few bytes of it stand for any number of zeros.
+        raise PackageError(f"the archive holds {member.name!r} as a sparse file")
+    elif member.isreg():
         _write(archive, member, path)
     elif member.issym():
         # Without "..", no chain of links leads out.
         if os.pardir in member.linkname.split("/"):
             raise PackageError(f"the archive's link {member.name!r} leads to {member.linkname!r}")
         os.symlink(_inside(member.linkname, member.name), path)
-    elif not member.isdir():
+    else:
         raise PackageError(f"the archive holds {member.name!r}, which is neither a file nor a folder")
 
 

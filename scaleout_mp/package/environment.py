@@ -45,6 +45,11 @@ _CHILD_SIDE: Final = (
 #: The published client's own names: it is not what runs here.
 _NOT_NEEDED: Final = frozenset({"fedn", "scaleout"})
 _MARK: Final = "scaleout-mp-environment.json"
+#: Options of a requirements file that are followed by a path.
+_OPTION: Final = re.compile(r"^(-r|--requirement|-c|--constraint|-e|--editable)[\s=]*")
+_FILE: Final = re.compile(r"\.(whl|zip|tar\.gz|tgz)$")
+#: Folders that building a distribution leaves beside its source, or that hold no source.
+_MADE: Final = re.compile(r"^(\..*|__pycache__|build|.*\.egg-info)$")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -65,9 +70,11 @@ class PythonEnv:
         named = {_distribution(line) for line in self.dependencies}
         return (*self.dependencies, *(line for line in self.needed if _distribution(line) not in named))
 
-    def key(self) -> str:
-        """Return what is the same for environments that are the same."""
+    def key(self, beside: str) -> str:
+        """Return what is the same for environments that are the same; paths are looked for from `beside`."""
+        local = [_local_path(line, beside) for line in (*self.build_dependencies, *self.dependencies)]
         content = [
+            [[path, _digest_of(path)] for path in local if path is not None],
             self.build_dependencies,
             self.requirements,
             self.folders,
@@ -83,6 +90,32 @@ def _distribution(line: str) -> str:
     """Return the name that a requirement begins with, as indexes compare names."""
     match = _NAME.match(line.strip())
     return "" if match is None else re.sub(r"[-_.]+", "-", match[0]).lower()
+
+
+def _local_path(line: str, beside: str) -> str | None:
+    """Return the file or folder that a line of requirements names; None when it names a distribution."""
+    text = _OPTION.sub("", line.strip()).partition(" @ ")[2] or _OPTION.sub("", line.strip())
+    text = text.removeprefix("file://").removeprefix("file:").partition(" ;")[0].partition(" #")[0].strip()
+    if os.sep not in text and not (text.startswith(".") or _FILE.search(text) or text != line.strip()):
+        # `numpy` is a distribution, whatever lies beside the package.
+        return None
+    path = os.path.normpath(os.path.join(beside, re.sub(r"\[[^]]*\]$", "", text)))
+    return path if os.path.exists(path) else None
+
+
+def _digest_of(path: str) -> str:
+    """Return a digest of a file, or of what in a folder is not made by installing it. Raises OSError."""
+    digest = hashlib.sha256()
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not _MADE.search(name))
+        for name in sorted(names):
+            inside = os.path.join(folder, name)
+            if os.path.isfile(inside):
+                digest.update(f"\0{os.path.relpath(inside, path)}\0{_digest_of(inside)}".encode(errors="replace"))
+    return digest.hexdigest()
 
 
 def read_python_env(path: str) -> PythonEnv:
@@ -149,11 +182,12 @@ class Environments:
     ) -> str:
         """Return an interpreter that runs `check`, and each later time `again`, without an error."""
         self._closed = False
-        path = os.path.join(self._folder, "environments", wanted.key())
+        key = wanted.key(beside)
+        path = os.path.join(self._folder, "environments", key)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         executable = os.path.join(path, "bin", "python")
         with self._locked(f"{path}.lock"):
-            if _is_marked(path, wanted) and self._problem(executable, again or check, root) is None:
+            if _is_marked(path, key, wanted) and self._problem(executable, again or check, root) is None:
                 return executable
             if on_build is not None:
                 on_build()
@@ -164,7 +198,7 @@ class Environments:
                 # Half of one may be large, and is of no use.
                 shutil.rmtree(path, ignore_errors=True)
                 raise
-            _mark(path, wanted)
+            _mark(path, key, wanted)
         return executable
 
     def close(self) -> None:
@@ -239,23 +273,23 @@ def _imports(modules: Sequence[str]) -> str:
     return f"import {', '.join(modules)}"
 
 
-def _mark_text(wanted: PythonEnv) -> str:
-    return json.dumps({"key": wanted.key(), "requirements": wanted.requirements})
+def _mark_text(key: str, wanted: PythonEnv) -> str:
+    return json.dumps({"key": key, "requirements": wanted.requirements})
 
 
-def _is_marked(path: str, wanted: PythonEnv) -> bool:
+def _is_marked(path: str, key: str, wanted: PythonEnv) -> bool:
     """Whether the environment was built to its end, and for this."""
     try:
         with open(os.path.join(path, _MARK), encoding="utf-8") as file:
-            return file.read() == _mark_text(wanted)
+            return file.read() == _mark_text(key, wanted)
     except OSError:
         return False
 
 
-def _mark(path: str, wanted: PythonEnv) -> None:
+def _mark(path: str, key: str, wanted: PythonEnv) -> None:
     mark = os.path.join(path, _MARK)
     with open(f"{mark}.new", "w", encoding="utf-8") as file:
-        file.write(_mark_text(wanted))
+        file.write(_mark_text(key, wanted))
         file.flush()
         os.fsync(file.fileno())
     os.rename(f"{mark}.new", mark)

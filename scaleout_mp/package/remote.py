@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -74,7 +76,7 @@ class RemotePackage:
         assert archive is not None
         folder = os.path.join(self._folders, archive.checksum[:32])
         if not os.path.isdir(folder):
-            unpack(self._downloaded(archive), folder)
+            self._unpack(archive, folder)
         manifest = read_manifest(folder)
         environment = None
         if self._environments is not None and manifest.python_env is not None:
@@ -82,20 +84,33 @@ class RemotePackage:
             environment = self._environments.get(wanted, beside=manifest.folder)
         return LoadablePackage(folder=manifest.folder, startup=manifest.startup, environment=environment)
 
+    def _unpack(self, archive: RemoteArchive, folder: str) -> None:
+        """Unpack an archive into the folder of its checksum, unless another client of these folders is faster."""
+        path = self._downloaded(archive)
+        try:
+            unpack(path, folder)
+        except PackageError:
+            if not os.path.isdir(folder):
+                raise
+
     def _downloaded(self, archive: RemoteArchive) -> str:
         os.makedirs(self._archives, exist_ok=True)
         path = os.path.join(self._archives, f"{archive.checksum[:16]}-{archive.name}")
         if os.path.isfile(path) and checksum_of(path) == archive.checksum:
             return path
-        part = f"{path}.part"
+        # Under a name of its own: other clients may be loading the same into the same folder.
+        descriptor, part = tempfile.mkstemp(dir=self._archives, prefix=f"{archive.checksum[:16]}-", suffix=".part")
+        os.close(descriptor)
         try:
             self._api.download(part, most=_MAX_SIZE)
+            if checksum_of(part) != archive.checksum:
+                raise PackageError(f"the package {archive.name} that came is not the one of its checksum: not unpacked")
+            os.rename(part, path)
         except TransportError as error:
             raise PackageError(str(error)) from error
-        if checksum_of(part) != archive.checksum:
-            os.unlink(part)
-            raise PackageError(f"the package {archive.name} that came is not the one of its checksum: not unpacked")
-        os.rename(part, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(part)
         return path
 
     def close(self) -> None:

@@ -133,6 +133,26 @@ def test_an_environment_is_built_once_and_anew_when_it_is_broken(tmp_path, folde
     assert library.exists()
 
 
+def test_what_is_required_by_its_path_counts_by_its_content(tmp_path):
+    library = tmp_path / "lib"
+    (library / "mine").mkdir(parents=True)
+    (library / "mine" / "__init__.py").write_text("VERSION = 1")
+    (tmp_path / "more.txt").write_text("numpy")
+    (tmp_path / "numpy").mkdir()
+    for line in ("./lib", "-e lib", "mine @ file:./lib", "./lib[extra]", "-r more.txt"):
+        wanted, changed = PythonEnv(dependencies=(line,)), library / "mine" / "__init__.py"
+        if line.startswith("-r"):
+            changed = tmp_path / "more.txt"
+        before = wanted.key(str(tmp_path))
+        (library / "build").mkdir(exist_ok=True)
+        (library / "build" / "made").write_text(line)
+        assert wanted.key(str(tmp_path)) == before
+        changed.write_text(f"# {line}")
+        assert wanted.key(str(tmp_path)) != before, line
+    # A distribution is none, whatever lies there.
+    assert PythonEnv(dependencies=("numpy",)).key(str(tmp_path)) == PythonEnv(dependencies=("numpy",)).key("/")
+
+
 def test_what_cannot_be_installed_is_named(tmp_path, folder, offline):
     want(folder, "3.0")
     wanted = read_python_env(folder / "python_env.yaml")

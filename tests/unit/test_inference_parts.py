@@ -18,8 +18,8 @@ from scaleout_mp import ConfigError, Limits
 from scaleout_mp.client import inference_calls
 from scaleout_mp.client.calls import RequestInfo
 from scaleout_mp.client.values import MAX_JSON, json_value
-from scaleout_mp.errors import ModelError
-from scaleout_mp.ipc import arguments
+from scaleout_mp.errors import ModelError, ValueNotSendable
+from scaleout_mp.ipc import arguments, values
 from scaleout_mp.ipc.lent import Borrowed, Lender, LentMemory
 from scaleout_mp.supervisor.staged_model import inference_plan
 from scaleout_mp.supervisor.worker_trouble import WorkerTrouble
@@ -89,6 +89,46 @@ def test_what_is_not_plain_is_pickled(value):
     ((arrived,),) = through(packed)
     assert type(arrived) is type(value)
     assert np.all(arrived == value)
+
+
+def test_arrays_of_other_packages_dtypes_stay_what_they_are():
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="the extra dev has it, this environment does not")
+    array = np.arange(6).astype(ml_dtypes.bfloat16)
+    packed = arguments.pack_plain([array])
+    (arrived,) = through(packed)
+    assert arrived.dtype == array.dtype
+    assert np.all(arrived == array)
+    with pytest.raises(ValueNotSendable, match="dtype bfloat16 cannot be returned"):
+        values.encode(array)
+    # Its mask would be lost.
+    with pytest.raises(ValueNotSendable, match="masked"):
+        values.encode(np.ma.masked_array([1, 2], [0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [(1 << 64, "64 bits"), (-(1 << 63) - 1, "64 bits"), ("\ud800", "surrogate")]
+)
+def test_what_cannot_cross_is_told_before(value, told):
+    with pytest.raises(TypeError, match=rf"v\[0\] is a .*{told}"):
+        json_value([value], path="v")
+    assert json_value([(1 << 64) - 1, -(1 << 63), "\U0001f600"], path="v") == [(1 << 64) - 1, -(1 << 63), "\U0001f600"]
+
+
+def test_lent_memory_is_not_let_go_once_its_borrower_was_forked():
+    lent = LentMemory(1 << 20)
+    sizes = lent.fill([b"x" * 100])
+    borrowed = Borrowed(os.dup(lent.fileno()))
+    views = borrowed.segments(sizes)
+    # What it leaves is nobody's child any more, and would not be found.
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
+    del views
+    assert not borrowed.let_go()
+    again = Borrowed(os.dup(lent.fileno()))
+    assert again.let_go()
+    lent.close()
 
 
 def test_arrays_become_lists_where_that_is_wanted():

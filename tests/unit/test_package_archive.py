@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import gzip
 import io
 import os
 import tarfile
+import threading
 
 import pytest
 
 from scaleout_mp import PackageError
 from scaleout_mp.package.archive import ArchiveLimits, checksum_of, unpack
+from scaleout_mp.transport.package_api import RemoteArchive
 
 
 def member(name, *, kind=tarfile.REGTYPE, link="", mode=0o644, data=b""):
@@ -120,6 +123,86 @@ def test_what_is_broken_is_refused(tmp_path, how):
     with pytest.raises(PackageError, match="archive"):
         unpack(path, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def sparse(size):
+    """Return the header of a file of so many zeros, none of which is in the archive."""
+    info = tarfile.TarInfo("client/zeros")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    for place in (386, 483):
+        header[place : place + 12] = b"%011o\0" % size
+    header[398:410] = b"%011o\0" % 0
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header[:512])
+    return bytes(header)
+
+
+@pytest.mark.parametrize(
+    ("headers", "told"),
+    [
+        ([sparse(1 << 32)], "sparse"),
+        ([member("x", kind=b"L", data=b"name\0")] * 2000, "RecursionError"),
+        ([member("/".join("a" * 100), data=b"")], "folders deep"),
+    ],
+    ids=["a sparse bomb", "headers of headers", "deep"],
+)
+def test_what_would_fill_the_disk_or_the_stack_is_refused(tmp_path, headers, told):
+    with open(tmp_path / "a.tar", "wb") as file:
+        for each in headers:
+            data = b"" if isinstance(each, bytes) else each[1]
+            file.write(each if isinstance(each, bytes) else each[0].tobuf(tarfile.GNU_FORMAT))
+            file.write(data + bytes(-len(data) % 512))
+        file.write(bytes(1024))
+    (tmp_path / "in").mkdir()
+    with pytest.raises(PackageError, match=told):
+        unpack(str(tmp_path / "a.tar"), str(tmp_path / "in" / "out"))
+    assert os.listdir(tmp_path / "in") == []
+
+
+def test_folders_that_no_entry_names_count_as_well(tmp_path):
+    path = archive(tmp_path / "a.tgz", *(member(f"{index}/a/a/a/x") for index in range(3)))
+    unpack(path, str(tmp_path / "out"), limits=ArchiveLimits(max_entries=15))
+    with pytest.raises(PackageError, match="more than 14 entries"):
+        unpack(path, str(tmp_path / "other"), limits=ArchiveLimits(max_entries=14))
+
+
+class SlowApi:
+    """Gives out an archive, to two who ask at the same time."""
+
+    def __init__(self, path):
+        with open(path, "rb") as file:
+            self._data = file.read()
+        self._checksum = checksum_of(path)
+        self._both = threading.Barrier(2)
+
+    def current(self):
+        return RemoteArchive(name="client.tgz", checksum=self._checksum)
+
+    def download(self, path, *, most):
+        half = len(self._data) // 2
+        with open(path, "wb") as file:
+            file.write(self._data[:half])
+            file.flush()
+            self._both.wait(10)
+            file.write(self._data[half:])
+
+
+def test_two_clients_that_load_the_same_package_into_one_folder_both_get_it(tmp_path):
+    pytest.importorskip("yaml", reason="PyYAML is not installed: `make install` has it")
+    from scaleout_mp.package import RemotePackage
+
+    manifest = member("client/scaleout.yaml", data=b"entry_points: {startup: startup.py}\n")
+    path = archive(tmp_path / "a.tgz", manifest, member("client/startup.py", data=b"x" * 50_000))
+    api = SlowApi(path)
+
+    def make_ready():
+        return RemotePackage(api, archives=tmp_path / "archives", folders=tmp_path / "folders").make_ready()
+
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        first, second = [future.result() for future in [threads.submit(make_ready) for _ in range(2)]]
+    assert first == second
+    assert len(os.listdir(tmp_path / "archives")) == len(os.listdir(tmp_path / "folders")) == 1
 
 
 def test_checksum(tmp_path):
