@@ -89,7 +89,7 @@ def json_value(value: Any, *, path: str, arrays: bool = False) -> Any:
 
     NaN and infinities, which JSON does not have, become null, with one warning that names the first: a figure that
     ran away must not cost the training. Raises TypeError that names the place, starting from `path`, of what JSON
-    cannot carry.
+    cannot carry; ValueError for whole numbers of more than 64 bits and strings that are no text.
     """
     lost: list[str] = []
     plain = _json_value(_listed(value, path) if arrays else value, path, 0, lost)
@@ -128,9 +128,9 @@ def _json_value(value: Any, path: str, depth: int, lost: list[str]) -> Any:
         lost.append(path)
         return None
     if type(plain) is int and not -(1 << 63) <= plain < 1 << 64:
-        raise TypeError(f"{path} is a whole number of more than 64 bits")
+        raise ValueError(f"{path} is a whole number of more than 64 bits")
     if type(plain) is str and not _is_text(plain):
-        raise TypeError(f"{path} is a string with a lone surrogate in it, which is no text")
+        raise ValueError(f"{path} is a string with a lone surrogate in it, which is no text")
     if plain is not None or value is None:
         return plain
     hint = "; call .tolist() on it" if hasattr(value, "tolist") else ""

@@ -122,7 +122,7 @@ def _what_json_carries(parameters: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in parameters.items():
         try:
             seen[str(name)] = json_value(value, path=str(name))
-        except TypeError:
+        except (TypeError, ValueError):
             shape = getattr(value, "shape", None)
             seen[str(name)] = type(value).__name__ if shape is None else f"{type(value).__name__} {tuple(shape)}"
     return seen

@@ -109,7 +109,7 @@ def test_arrays_of_other_packages_dtypes_stay_what_they_are():
     ("value", "told"), [(1 << 64, "64 bits"), (-(1 << 63) - 1, "64 bits"), ("\ud800", "surrogate")]
 )
 def test_what_cannot_cross_is_told_before(value, told):
-    with pytest.raises(TypeError, match=rf"v\[0\] is a .*{told}"):
+    with pytest.raises(ValueError, match=rf"v\[0\] is a .*{told}"):
         json_value([value], path="v")
     assert json_value([(1 << 64) - 1, -(1 << 63), "\U0001f600"], path="v") == [(1 << 64) - 1, -(1 << 63), "\U0001f600"]
 
