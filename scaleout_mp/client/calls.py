@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from scaleout_mp.client.logging_context import LoggingContext, entered_task
+from scaleout_mp.client.logging_context import LoggingContext, logging_of_task
 from scaleout_mp.client.published import model_for_callback, model_from_callback
 from scaleout_mp.client.values import MAX_JSON, callback_name, json_value
 
@@ -44,7 +44,7 @@ class TrainCall:
         self, model: ScaleoutModel, settings: dict[str, Any], request: RequestInfo
     ) -> tuple[ScaleoutModel, dict[str, Any]]:
         """Return the new model and its metadata, checked. Raises TypeError or ValueError in one line."""
-        with entered_task(LoggingContext(request=request)):
+        with logging_of_task.entered(LoggingContext(request=request)):
             returned = self.callback(model_for_callback(model), settings)
         return _checked_update(returned, f"train callback {callback_name(self.callback)}")
 
@@ -57,7 +57,7 @@ class ValidateCall:
 
     def __call__(self, model: ScaleoutModel, request: RequestInfo) -> dict[str, Any]:
         """Return the metrics with numpy scalars turned into Python's. Raises TypeError in one line."""
-        with entered_task(LoggingContext(request=request)):
+        with logging_of_task.entered(LoggingContext(request=request)):
             returned = self.callback(model_for_callback(model))
         who = f"validate callback {callback_name(self.callback)}"
         if not isinstance(returned, dict):
@@ -74,7 +74,7 @@ class CustomCall:
 
     def __call__(self, parameters: dict[str, Any], request: RequestInfo) -> Any:
         """Return what the callback returned, checked to be JSON. Raises TypeError in one line."""
-        with entered_task(LoggingContext(request=request)):
+        with logging_of_task.entered(LoggingContext(request=request)):
             returned = self.callback(parameters)
         return checked_json(returned, f"custom callback {callback_name(self.callback)}", "result")
 
@@ -87,7 +87,7 @@ class AutonomousCall:
 
     def __call__(self, request: RequestInfo) -> Any:
         """Return what the callback returned, checked to be JSON. Raises TypeError in one line."""
-        with entered_task(LoggingContext(request=request)):
+        with logging_of_task.entered(LoggingContext(request=request)):
             returned = self.callback()
         return checked_json(returned, f"the callback {callback_name(self.callback)} of {request.type}", "result")
 

@@ -10,8 +10,8 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.client.calls import RequestInfo, checked_json
-from scaleout_mp.client.inference_context import InferenceContext, entered_inference
-from scaleout_mp.client.logging_context import LoggingContext, entered_task
+from scaleout_mp.client.inference_context import InferenceContext, inference_of_task
+from scaleout_mp.client.logging_context import LoggingContext, logging_of_task
 from scaleout_mp.client.published import model_for_callback
 from scaleout_mp.client.values import callback_name
 from scaleout_mp.errors import ModelError
@@ -41,7 +41,7 @@ class StageCall:
             return
         staged = model_for_callback(model)
         if self.callback is not None:
-            with entered_task(LoggingContext(request=request)):
+            with logging_of_task.entered(LoggingContext(request=request)):
                 self.callback(staged)
         _staged = staged
 
@@ -62,7 +62,7 @@ class InferenceCall:
         if not isinstance(request, RequestInfo):
             request = RequestInfo(**request)
         asked = InferenceContext(inference_id=request.correlation_id, model_id=request.model_id)
-        with entered_task(LoggingContext(request=request)), entered_inference(asked):
+        with logging_of_task.entered(LoggingContext(request=request)), inference_of_task.entered(asked):
             result = self.callback(_staged, parameters)
         if not for_report:
             return result

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Final, Protocol
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from scaleout_mp.client.of_task import OfTask
 
 
 class TaskRequestLike(Protocol):
@@ -51,24 +49,6 @@ class LoggingContext:
         self.step = step
 
 
-_of_task: LoggingContext | None = None
-
-
-def task_logging_context() -> LoggingContext | None:
-    """Return the context of the task that this process runs.
-
-    It serves threads that the callback started and clients that its modules made, which have no context of
-    their own.
-    """
-    return _of_task
-
-
-@contextlib.contextmanager
-def entered_task(context: LoggingContext) -> Iterator[None]:
-    """Make `context` this process's task context for the block. Called around a callback, in the child."""
-    global _of_task  # noqa: PLW0603 - a process runs one task
-    previous, _of_task = _of_task, context
-    try:
-        yield
-    finally:
-        _of_task = previous
+#: That of the task which this process runs. It serves threads that the callback started and clients that its modules
+#: made, which have no context of their own.
+logging_of_task: Final = OfTask[LoggingContext]()

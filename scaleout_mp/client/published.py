@@ -12,8 +12,8 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
-from scaleout_mp.client.inference_context import task_inference_context
-from scaleout_mp.client.logging_context import task_logging_context
+from scaleout_mp.client.inference_context import inference_of_task
+from scaleout_mp.client.logging_context import logging_of_task
 from scaleout_mp.client.options import ConnectToApiResult, GrpcConnectionOptions
 from scaleout_mp.client.values import inference_payload
 from scaleout_mp.compat import published
@@ -82,7 +82,7 @@ class _OfTask(threading.local):
 
     def __getattr__(self, name: str) -> Any:
         if name == "value":
-            return task_logging_context()
+            return logging_of_task.get()
         raise AttributeError(name)
 
 
@@ -91,7 +91,7 @@ class _OfInference(threading.local):
 
     def __getattr__(self, name: str) -> Any:
         if name == "value":
-            return task_inference_context()
+            return inference_of_task.get()
         raise AttributeError(name)
 
 

@@ -8,8 +8,8 @@ import operator
 import threading
 from typing import TYPE_CHECKING, Any
 
-from scaleout_mp.client.inference_context import InferenceContext, task_inference_context
-from scaleout_mp.client.logging_context import LoggingContext, task_logging_context
+from scaleout_mp.client.inference_context import InferenceContext, inference_of_task
+from scaleout_mp.client.logging_context import LoggingContext, logging_of_task
 from scaleout_mp.client.published import stopped, telemetry_values
 from scaleout_mp.client.values import attribute_values, inference_payload, metric_values
 from scaleout_mp.errors import NotConnectedError, StoppedException
@@ -41,7 +41,7 @@ class RecordLogging:
     def current_logging_context(self) -> LoggingContext | None:
         """The logging context of the running thread; in a task, the task's own where there is none."""
         own: LoggingContext | None = getattr(self._local, "context", None)
-        return task_logging_context() if own is None else own
+        return logging_of_task.get() if own is None else own
 
     @current_logging_context.setter
     def current_logging_context(self, context: LoggingContext | None) -> None:
@@ -163,7 +163,7 @@ class RecordLogging:
     def current_inference_context(self) -> InferenceContext | None:
         """The inference context of the running thread; in a task, the task's own where there is none."""
         own: InferenceContext | None = getattr(self._local, "inference", None)
-        return task_inference_context() if own is None else own
+        return inference_of_task.get() if own is None else own
 
     @current_inference_context.setter
     def current_inference_context(self, context: InferenceContext | None) -> None:

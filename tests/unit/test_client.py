@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from scaleout_mp.client import ConnectToApiResult, EdgeClient, GrpcConnectionOptions, LoggingContext
-from scaleout_mp.client.logging_context import entered_task
+from scaleout_mp.client.logging_context import logging_of_task
 from scaleout_mp.errors import ConfigError, NotConnectedError, StoppedException
 from scaleout_mp.task import set_current_task
 
@@ -166,7 +166,7 @@ def test_contexts_nest_and_belong_to_their_thread(client):
 def test_inside_a_task_every_thread_and_client_has_the_tasks_context(client):
     of_task = context()
     seen = []
-    with entered_task(of_task):
+    with logging_of_task.entered(of_task):
         thread = threading.Thread(target=lambda: seen.append(EdgeClient().current_logging_context))
         thread.start()
         thread.join()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from scaleout_mp.client.calls import CustomCall, RequestInfo, TrainCall, ValidateCall
-from scaleout_mp.client.logging_context import task_logging_context
+from scaleout_mp.client.logging_context import logging_of_task
 from scaleout_mp.client.values import json_value
 from scaleout_mp.model import ScaleoutModel
 
@@ -30,13 +30,13 @@ def test_the_callback_runs_in_the_requests_logging_context(model):
     seen = []
 
     def train(given, settings):
-        at = task_logging_context()
+        at = logging_of_task.get()
         seen.append((at.model_id, at.round_id, at.session_id, at.step, at.request, settings))
         return given, examples(1)
 
     TrainCall(train)(model, {"lr": 1}, REQUEST)
     assert seen == [("m", "r", "s", 0, REQUEST, {"lr": 1})]
-    assert task_logging_context() is None
+    assert logging_of_task.get() is None
 
 
 def test_metadata_is_made_plain(model):
