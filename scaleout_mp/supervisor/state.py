@@ -53,7 +53,11 @@ class StateFolder:
         Raises StateInUseError when another client has it, StateError when it cannot be made or written.
         """
         try:
-            os.makedirs(self._results, mode=0o700, exist_ok=True)
+            # One by one: a mode is for the last folder of a path alone.
+            for folder in (self.path, self._results):
+                os.makedirs(folder, mode=0o700, exist_ok=True)
+            if os.stat(self.path).st_mode & 0o077:
+                os.chmod(self.path, 0o700)
             self._lock = FileLock(os.path.join(self.path, "lock"))
             self._lock.write(str(os.getpid()))
         except FileLockedError as owner:

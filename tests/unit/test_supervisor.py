@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
+import stat
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -21,6 +24,7 @@ from scaleout_mp.supervisor.callbacks import CallbackTable
 from scaleout_mp.supervisor.connecting import assignment_payload
 from scaleout_mp.supervisor.jobs import JobFailedError, json_text
 from scaleout_mp.supervisor.shutdown import SignalReader, StopAction
+from scaleout_mp.supervisor.state import opened_state
 from scaleout_mp.supervisor.taskbook import TaskBook, TaskStatus, Verdict
 from scaleout_mp.task import (
     AttributesRecord,
@@ -373,6 +377,18 @@ class TestRuntime:
                     GrpcEdgeClientRuntime(settings=Settings(), **{name: value})
         with pytest.raises(ConfigError, match="no client"):
             GrpcEdgeClientRuntime(settings=Settings()).send_attributes({})
+
+
+def test_what_a_client_keeps_is_for_its_user_alone_also_where_it_was_not(tmp_path):
+    before = os.umask(0)
+    try:
+        for _ in range(2):
+            with opened_state("c", "http://h", root=str(tmp_path)) as state:
+                modes = {stat.S_IMODE(path.stat().st_mode) for path in (Path(state.path), Path(state.path, "results"))}
+            assert modes == {0o700}
+            Path(state.path).chmod(0o755)
+    finally:
+        os.umask(before)
 
 
 class TestOwnTasks:
