@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from scaleout_mp.transport.link_quality import LinkQuality
 
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
+
+#: Seconds in which the same call that fails again and again is one warning.
+QUIET: Final = 60.0
 
 
 class LinkWatch:
@@ -22,6 +25,9 @@ class LinkWatch:
         self._clock = clock
         self._repeat_level = repeat_level
         self._down_since: float | None = None
+        #: Whether this outage is in the log, and when each call's failure was said last.
+        self._said = False
+        self._said_of: dict[str, float] = {}
         #: Whether it answers well.
         self.quality = LinkQuality(clock)
         #: How many outages there were so far: after one, the server may be another.
@@ -35,10 +41,16 @@ class LinkWatch:
     def failed(self, what: str, error: Exception, again_in: float) -> None:
         """Note a failed call that is tried again in `again_in` seconds."""
         self.quality.failed()
-        level = self._repeat_level if self.down else logging.WARNING
+        now = self._clock()
         if self._down_since is None:
-            self._down_since = self._clock()
+            self._down_since = now
+            self._said = False
             self.outages += 1
+        level = self._repeat_level
+        # One call may fail for long while others come through.
+        if not self._said and now - self._said_of.get(what, -QUIET) >= QUIET:
+            level, self._said = logging.WARNING, True
+            self._said_of[what] = now
         logger.log(
             level,
             "%s failed: %s; trying again in %.1f s",
@@ -54,4 +66,5 @@ class LinkWatch:
         if self._down_since is not None:
             away = self._clock() - self._down_since
             self._down_since = None
-            logger.info("the combiner answers again after %.1f s", away, extra={"action": "link_restored"})
+            level = logging.INFO if self._said else logging.DEBUG
+            logger.log(level, "the combiner answers again after %.1f s", away, extra={"action": "link_restored"})

@@ -152,7 +152,7 @@ def client_of(server, **run):
 
 def test_a_combiner_in_trouble_and_one_that_lacks_calls_are_served_all_the_same(caplog):
     codes = {"Announce": ["INTERNAL", "UNKNOWN", "UNIMPLEMENTED"], "SendHeartbeat": ["UNIMPLEMENTED"]}
-    caplog.set_level("INFO")
+    caplog.set_level("DEBUG")
     with RawServer([directive(GOOD)], codes=codes) as server, client_of(server, with_heartbeat=True):
         assert server.end_of("good").status == "COMPLETED"
     actions = [getattr(record, "action", "") for record in caplog.records]

@@ -360,6 +360,19 @@ def test_an_outage_is_one_warning_and_its_end_one_line(caplog):
     assert not link.down
 
 
+def test_one_call_that_fails_again_and_again_is_one_warning_a_minute(caplog):
+    now = [0.0]
+    link = LinkWatch(lambda: now[0])
+    with caplog.at_level("DEBUG"):
+        for _ in range(13):
+            link.failed("SendStatus", DOWN, 5.0)
+            link.succeeded()
+            now[0] += 5
+        link.failed("polling", DOWN, 5.0)
+    levels = [record.levelname for record in caplog.records]
+    assert (levels.count("WARNING"), levels.count("INFO"), levels[-1]) == (3, 2, "WARNING")
+
+
 @pytest.mark.parametrize(
     ("code", "details", "transient"),
     [
