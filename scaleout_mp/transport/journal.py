@@ -19,6 +19,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.errors import StateError
+from scaleout_mp.transport.reserve import Reserve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -37,6 +38,8 @@ _RETRY: Final = 2.0
 _QUIET: Final = 300.0
 #: Seconds to wait for somebody else who has the file open.
 _BUSY: Final = 5.0
+#: Pages of 4 KiB after which the log is brought into the file: well below what `reserve` holds back.
+_LOG_PAGES: Final = 256
 #: Of the file's layout.
 _VERSION: Final = 1
 
@@ -247,9 +250,14 @@ class _Writer:
         self.held_back: list[_Write] = []
         self._failing = False
         self._warned_at = -_QUIET
+        self._reserve = Reserve(f"{path}-reserve")
 
     def open(self) -> None:
         """Open the file; a damaged one is put aside."""
+        self._open_or_replace()
+        self._reserve.take()
+
+    def _open_or_replace(self) -> None:
         try:
             self._open()
         except sqlite3.OperationalError:
@@ -273,14 +281,18 @@ class _Writer:
         # Autocommit: transactions are begun and ended here, by name.
         self._file = sqlite3.connect(self._path, timeout=_BUSY, isolation_level=None)
         execute = self._file.execute
-        execute("PRAGMA auto_vacuum=INCREMENTAL")
-        execute("PRAGMA journal_mode=WAL")
-        execute("PRAGMA synchronous=NORMAL")
-        execute("PRAGMA journal_size_limit=16777216")
         (version,) = execute("PRAGMA user_version").fetchone()
         if version not in {0, _VERSION}:
             raise sqlite3.OperationalError(f"it was written by a newer version of this package ({version})")
-        self._file.executescript(f"BEGIN IMMEDIATE;{_LAYOUT}PRAGMA user_version={_VERSION};COMMIT;")
+        if version == 0:
+            # What writes only once: a disk that is full must not keep out who would make room on it.
+            execute("PRAGMA auto_vacuum=INCREMENTAL")
+        execute("PRAGMA journal_mode=WAL")
+        execute("PRAGMA synchronous=NORMAL")
+        execute("PRAGMA journal_size_limit=16777216")
+        execute(f"PRAGMA wal_autocheckpoint={_LOG_PAGES}")
+        if version == 0:
+            self._file.executescript(f"BEGIN IMMEDIATE;{_LAYOUT}PRAGMA user_version={_VERSION};COMMIT;")
         for table, columns in _COLUMNS.items():
             if {name for _, name, *_ in execute(f"PRAGMA table_info({table})")} != columns:
                 raise sqlite3.DatabaseError(f"its table {table} is another program's")
@@ -289,10 +301,17 @@ class _Writer:
     def apply(self, writes: list[_Write], *, sync: bool) -> list[Ticket]:
         """Execute the writes in one transaction; return the messages that are lost because the disk refused."""
         writes = self.held_back + writes
+        lost: list[Ticket] = []
+        if self._reserve.given:
+            # The room that is left is for what matters.
+            writes, lost = _parted(writes)
         try:
             self._transact(writes, sync=sync)
         except sqlite3.Error as error:
-            return self._rescue(writes, error)
+            return lost + self._rescue(writes, error)
+        if lost:
+            self.held_back = []
+            return lost
         held_back, self.held_back = self.held_back, []
         # A small write may find room on a disk that is full.
         if self._failing and (held_back or any(write.may_be_lost for write in writes)):
@@ -314,16 +333,21 @@ class _Writer:
                 error,
                 extra={"action": "journal_failing"},
             )
-        kept = [write for write in writes if not write.may_be_lost]
-        lost = [write.ticket for write in writes if write.may_be_lost and write.ticket is not None]
+        kept, lost = _parted(writes)
+        if self._reserve.give():
+            self._bring_in_log()
         try:
             self._transact(kept, sync=True)
             self.held_back = []
         except sqlite3.Error:
             self.held_back = kept
-        for ticket in lost:
-            ticket.stored = False
         return lost
+
+    def _bring_in_log(self) -> None:
+        """Have the log give back its room."""
+        assert self._file is not None
+        with contextlib.suppress(sqlite3.Error):
+            self._file.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def _transact(self, writes: Iterable[_Write], *, sync: bool) -> None:
         file = self._file
@@ -361,10 +385,22 @@ class _Writer:
         """Close the file, and give back what it needs no more."""
         if self._file is None:
             return
+        self._reserve.close()
+        # First: on a full disk the vacuum has no room but what the log gives back.
+        self._bring_in_log()
         file, self._file = self._file, None
         with contextlib.suppress(sqlite3.Error):
-            file.execute("PRAGMA incremental_vacuum")
+            # As a script: a statement would be stepped once, and gives back one page at each step.
+            file.executescript("PRAGMA incremental_vacuum;")
         file.close()
+
+
+def _parted(writes: list[_Write]) -> tuple[list[_Write], list[Ticket]]:
+    """Return the writes that must not be lost, and the messages of the others, which the disk will not have."""
+    lost = [write.ticket for write in writes if write.may_be_lost and write.ticket is not None]
+    for ticket in lost:
+        ticket.stored = False
+    return [write for write in writes if not write.may_be_lost], lost
 
 
 def _fail(future: asyncio.Future[Any], error: Exception) -> None:

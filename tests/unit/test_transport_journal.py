@@ -15,11 +15,13 @@ from scaleout_mp.transport.backoff import Backoff
 from scaleout_mp.transport.journal import Journal
 from scaleout_mp.transport.lane import HELD
 from scaleout_mp.transport.link import LinkWatch
-from scaleout_mp.transport.message import MessageKind
+from scaleout_mp.transport.message import MessageKind, Ticket
 from scaleout_mp.transport.outbox import Outbox
+from scaleout_mp.transport.reserve import SIZE, Reserve
 from scaleout_mp.wire import edge_pb2 as pb
 
 INSERT = "INSERT INTO results(id, lane, kind, packed) VALUES(?, '', 'STATUS', ?)"
+RECORD = "INSERT INTO records(lane, id, kind, packed) VALUES(?, ?, 'METRIC', ?)"
 COUNT = "SELECT count(*) FROM records"
 
 
@@ -55,6 +57,10 @@ async def opened(path):
 
 def metric(name):
     return MessageKind.METRIC, pb.ModelMetric(model_id=str(name))
+
+
+def packed(message):
+    return message[0], message[1].SerializeToString()
 
 
 def box(calls, journal):
@@ -219,6 +225,60 @@ def test_results_that_the_disk_did_not_take_are_written_once_there_is_room(tmp_p
         assert asyncio.run(scenario()) == 10
     actions = [record.action for record in caplog.records if hasattr(record, "action")]
     assert actions == ["journal_failing", "journal_recovered"]
+
+
+def test_a_full_disk_leaves_the_last_room_to_what_must_not_be_lost(tmp_path):
+    async def scenario():
+        lost = []
+        async with opened(tmp_path / "j") as journal:
+            journal.on_lost = lost.extend
+            assert (tmp_path / "j-reserve").stat().st_size == SIZE
+            await fill_up(journal)
+            record, result = Ticket(1, "t", *packed(metric("a" * 9000))), Ticket(2, "t", *packed(metric("b")))
+            journal.write(RECORD, ("t", 1, record.packed), vital=False, ticket=record)
+            await journal.synced()
+            assert not (tmp_path / "j-reserve").exists()
+            # There is room by now; but until the reserve is held again it is not for records.
+            await make_room(journal)
+            journal.write(RECORD, ("t", 2, result.packed), vital=False, ticket=result)
+            journal.write(INSERT, (3, bytes(4096)))
+            assert await journal.synced()
+            assert await journal.rows(COUNT) == [(0,)]
+            return lost == [record, result], await journal.rows("SELECT id FROM results")
+
+    assert asyncio.run(scenario()) == (True, [(3,)])
+
+
+def test_the_reserve_is_held_again_once_there_is_room_for_a_while(tmp_path):
+    now = [0.0]
+    reserve = Reserve(str(tmp_path / "r"), clock=lambda: now[0])
+    assert not reserve.give()
+    reserve.take()
+    assert not reserve.given
+    assert reserve.give()
+    assert not (tmp_path / "r").exists()
+    assert reserve.given
+    now[0] = 3.0
+    assert not reserve.given
+    assert (tmp_path / "r").stat().st_blocks * 512 >= SIZE
+    reserve.close()
+    # Where there is no such folder there is no reserve, and all goes on without.
+    lost = Reserve(str(tmp_path / "none" / "r"))
+    lost.take()
+    assert not lost.given
+    assert not lost.give()
+
+
+def test_what_is_not_needed_any_more_is_given_back_at_the_end(tmp_path):
+    async def scenario():
+        async with opened(tmp_path / "j") as journal:
+            for number in range(500):
+                journal.write(INSERT, (number, bytes(4096)))
+            journal.write("DELETE FROM results", ())
+
+    asyncio.run(scenario())
+    assert [path.name for path in tmp_path.iterdir()] == ["j"]
+    assert (tmp_path / "j").stat().st_size < 100_000
 
 
 def test_a_damaged_file_is_put_aside_and_said_so(tmp_path, caplog):
