@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from scaleout_mp.errors import LauncherError, ProtocolViolation
 from scaleout_mp.executor import ladder
 from scaleout_mp.executor.answer import Answer
+from scaleout_mp.executor.beside import beside
 from scaleout_mp.executor.launcher import Child, Launcher, StartOrder
 from scaleout_mp.executor.lines import TaskLines
 from scaleout_mp.executor.plan import Outcome
@@ -249,7 +250,7 @@ class Execution:
         if self._lines is not None:
             self._lines.close()
         if self._group is not None:
-            await asyncio.to_thread(self._group.remove)
+            await beside(self._group.remove)
         if self._scratch:
             await self._plan.scratch.give_back(self._scratch)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from signal import SIGTERM
 from typing import TYPE_CHECKING, Any, Final
 
+from scaleout_mp.executor.beside import beside
 from scaleout_mp.sandbox import tree
 from scaleout_mp.task import StopStage
 
@@ -48,7 +50,7 @@ async def climb(
         if not hurry.done():
             await not_heeded()
             on_stage(StopStage.SIGTERM)
-            await asyncio.to_thread(tree.signal_tagged, tag, SIGTERM)
+            await beside(functools.partial(tree.signal_tagged, tag, SIGTERM))
             if await _done_by(gone, hurry, deadline):
                 return
     on_stage(StopStage.SIGKILL)
@@ -66,7 +68,7 @@ async def sweep(tag: int) -> int:
     killed = 0
     while True:
         try:
-            return killed + await asyncio.to_thread(tree.kill_tagged, tag)
+            return killed + await beside(functools.partial(tree.kill_tagged, tag))
         except TimeoutError as error:
             # Uninterruptible in the kernel, most likely on a dead network file system: nothing else can be done.
             logger.error("task tree survives SIGKILL: %s", error, extra={"action": "tree_survives"})  # noqa: TRY400

@@ -116,11 +116,17 @@ class TaskLines:
 
         Takes at most so many seconds. The task could have made up what is read there.
         """
-        descriptor = _bounded_memory()
+        try:
+            descriptor = _bounded_memory()
+        except OSError:
+            return None
         try:
             if not await asyncio.to_thread(spy.read_stacks, pid, tag, descriptor, seconds=seconds):
                 return None
             text = os.pread(descriptor, _STACKS_SIZE, 0).rstrip(b"\0")
+        except RuntimeError:
+            # No thread can be had now. On the loop it would take too long.
+            return None
         finally:
             os.close(descriptor)
         return text.decode("utf-8", "backslashreplace") or None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from scaleout_mp.config import Limits
 from scaleout_mp.errors import LauncherError, ProtocolViolation
 from scaleout_mp.executor import ladder
+from scaleout_mp.executor.beside import beside
 from scaleout_mp.executor.scheduling import Demand, Holding, Line, Place
 from scaleout_mp.executor.watches import Watches
 from scaleout_mp.ipc.channel import close_all
@@ -294,6 +295,6 @@ async def end_process(resident: Resident, *, grace: float) -> None:
     resident.lines.close()
     resident.clock.close()
     if resident.group is not None:
-        await asyncio.to_thread(resident.group.remove)
+        await beside(resident.group.remove)
     if resident.scratch:
         await resident.scratch_keeper.give_back(resident.scratch)

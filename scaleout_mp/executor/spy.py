@@ -36,13 +36,18 @@ def read_stacks(pid: int, tag: int, descriptor: int, *, seconds: float) -> bool:
     if path is None or not tree.wears(pid, tag):
         return False
     # With no environment: whoever may look into it, as tasks at level "none", finds nothing of ours in it.
-    with subprocess.Popen(
-        [path, "dump", "--nonblocking", "--pid", str(pid)],
-        env={},
-        stdin=subprocess.DEVNULL,
-        stdout=descriptor,
-        stderr=subprocess.DEVNULL,
-    ) as spy:
+    try:
+        spy = subprocess.Popen(
+            [path, "dump", "--nonblocking", "--pid", str(pid)],
+            env={},
+            stdin=subprocess.DEVNULL,
+            stdout=descriptor,
+            stderr=subprocess.DEVNULL,
+        )
+    except OSError:
+        # This user may have no more processes, or this program no more descriptors: the stacks are a courtesy.
+        return False
+    with spy:
         try:
             with contextlib.suppress(OSError):
                 resource.prlimit(spy.pid, resource.RLIMIT_AS, (_MEMORY, _MEMORY))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ from scaleout_mp.config import Sandbox
 from scaleout_mp.config.machine import THREAD_VARIABLES, wanted_threads
 from scaleout_mp.errors import LauncherError, ProtocolViolation
 from scaleout_mp.executor import standard
+from scaleout_mp.executor.beside import beside
 from scaleout_mp.executor.interpreter import Interpreter
 from scaleout_mp.executor.launcher import Child, Exited, Started, StartOrder
 from scaleout_mp.executor.lookout import LookoutLine
@@ -376,11 +378,11 @@ def send_callable(channel: SupervisorChannel, keys: dict[str, str], call: Prepar
 async def _ended(process: subprocess.Popen[bytes]) -> int:
     """Wait until a template's guardian has ended, after all that is below it; return its exit code."""
     try:
-        return await asyncio.to_thread(process.wait, _CLOSE_SECONDS)
+        return await beside(functools.partial(process.wait, _CLOSE_SECONDS))
     except subprocess.TimeoutExpired:
         logger.warning("the template does not end by itself; killing it", extra={"action": "template_killed"})
         process.kill()
-        return await asyncio.to_thread(process.wait)
+        return await beside(process.wait)
 
 
 def _executable(interpreter: Interpreter) -> str:

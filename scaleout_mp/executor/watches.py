@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from scaleout_mp.executor.beside import beside
 from scaleout_mp.executor.report import StopCause
 from scaleout_mp.executor.scratch_watch import ScratchWatch
 from scaleout_mp.executor.watchdog import TreeWatch
@@ -129,7 +131,7 @@ class Watches:
             cause = None if tree.large else tree.look(now, in_a_hurry=True)
             if tree.large:
                 # It may have become so since the last look: a fork bomb has a thousand processes in no time.
-                cause = await asyncio.to_thread(tree.look, now)
+                cause = await beside(functools.partial(tree.look, now))
             if cause is not None:
                 # No grace: every moment of it would go into more of the same.
                 self._on_breach(cause, graceful=False)
@@ -142,7 +144,7 @@ class Watches:
         )
         while True:
             await asyncio.sleep(watch.pause())
-            cause = await asyncio.to_thread(watch.look) if watch.large else watch.look()
+            cause = await beside(watch.look) if watch.large else watch.look()
             if cause is not None:
                 # No grace, as above.
                 self._on_breach(cause, graceful=False)
