@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 from sklearn.datasets import load_digits
 
-from scaleout_mp import EdgeClient, GrpcEdgeClientRuntime, Limits, ScaleoutModel, TaskError
+from scaleout_mp import EdgeClient, GrpcEdgeClientRuntime, Limits, ScaleoutError, ScaleoutModel, TaskError
 
 
 class Digits:
@@ -50,6 +50,9 @@ class Handler(BaseHTTPRequestHandler):
         except TaskError as error:
             # This request alone: the next one gets a process that has staged the model again.
             self._answer(500, {"error": error.report.message, "reason": error.report.reason.value})
+        except ScaleoutError as error:
+            # Nothing was asked: the model cannot be staged at the moment, or the service is about to end.
+            self._answer(503, {"error": str(error)})
 
     def _answer(self, status, body):
         data = json.dumps(body).encode()

@@ -128,6 +128,11 @@ class Execution:
         return False
 
     @property
+    def worker_was_set_up(self) -> bool:
+        """Whether a worker's process was ready for the task."""
+        return False
+
+    @property
     def name(self) -> str:
         """What runs, for people."""
         return self._plan.name

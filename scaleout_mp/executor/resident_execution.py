@@ -65,6 +65,11 @@ class ResidentExecution(Execution):
         """Whether the process goes on to serve other tasks, once this one is over."""
         return self._stays
 
+    @property
+    def worker_was_set_up(self) -> bool:
+        """Whether the process had made the worker's first call by the time at which the task began."""
+        return self._evidence.set_up is None and self._began
+
     async def run(self) -> None:
         """Live the task's life; the process is back in the pool, or gone, when the outcome is there."""
         await super().run()

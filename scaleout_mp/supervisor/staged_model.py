@@ -168,13 +168,14 @@ class StagedModel:
         if execution.worker_stays:
             self._trouble.lived()
         elif report.reason not in _INTERRUPTIONS:
-            self._trouble.died(report.message, asyncio.get_running_loop().time())
+            now = asyncio.get_running_loop().time()
+            self._trouble.died(report.message, now, ready=execution.worker_was_set_up)
             if self._trouble.deaths > 1:
                 logger.warning(
                     "model %s: its worker died %d times in a row; it is left alone for %.2g s",
                     self.key,
                     self._trouble.deaths,
-                    self._trouble.wait(asyncio.get_running_loop().time()),
+                    self._trouble.wait(now),
                     extra={"action": "worker_left_alone", "model_id": self.key},
                 )
 

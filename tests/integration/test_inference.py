@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import signal
@@ -29,6 +30,8 @@ from scaleout_mp import (
 )
 from scaleout_mp.config import Settings
 from scaleout_mp.errors import ModelError, ModelNotFoundError, StagingError
+from scaleout_mp.supervisor.worker_trouble import WorkerTrouble
+from scaleout_mp.transport.backoff import Backoff
 
 ALL = bool(os.environ.get("SCALEOUT_MP_ALL_TESTS"))
 
@@ -145,6 +148,17 @@ def test_every_request_has_one_answer_though_every_fiftieth_crashes(start, model
             crashes[each] = crashed.report.signal
     assert crashes == dict.fromkeys(range(49, number, 50), "SIGSEGV")
     assert answers == [each for each in range(number) if each % 50 != 49]
+
+
+def test_however_many_requests_kill_the_process_the_next_one_is_served(start, model, monkeypatch):
+    # As after the sixth in a row, in less time.
+    patient = functools.partial(WorkerTrouble, Backoff(first=10))
+    monkeypatch.setattr("scaleout_mp.supervisor.staged_model.WorkerTrouble", patient)
+    client = start()
+    for _ in range(2):
+        with pytest.raises(TaskCrashed):
+            client.run_inference(model, {"do": "crash"})
+    assert client.run_inference(model)["answers"] == 1
 
 
 def test_staging_that_fails_is_told_and_does_not_spin(start, model, tmp_path):

@@ -154,15 +154,18 @@ def test_a_worker_that_dies_again_and_again_is_left_alone_for_longer_and_longer(
     waits = []
     now = 100.0
     for _ in range(10):
-        trouble.died("crashed", now)
+        trouble.died("crashed", now, ready=False)
         waits.append(trouble.wait(now))
         now += waits[-1]
         assert trouble.wait(now) == 0
     assert waits == [0, 0.25, 0.5, 1, 2, 4, 8, 16, 30, 30]
     assert (trouble.deaths, trouble.said) == (10, "crashed")
     trouble.lived()
-    trouble.died("crashed again", now)
+    trouble.died("crashed again", now, ready=False)
     assert trouble.wait(now) == 0
+    for _ in range(8):
+        trouble.died("was asked something bad", now, ready=True)
+    assert trouble.wait(now) == 0.5
 
 
 def test_a_process_without_a_model_says_so(monkeypatch):
