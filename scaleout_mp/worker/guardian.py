@@ -53,6 +53,9 @@ class Guardian:
 
     def watch(self, template: int) -> NoReturn:
         """Wait for the end of the supervisor or of the template, and clean up."""
+        # At level "basic" tasks of an ordinary user could write into this process, which nothing confines. The
+        # template, forked before, closes itself once it is prepared.
+        process.set_dumpable(False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._wakeup_end, warn_on_full_buffer=False)
         poll = select.poll()

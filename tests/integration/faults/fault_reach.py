@@ -168,6 +168,20 @@ def look_into_those_above(place):
     )
 
 
+def _needs_more_than_none(stage):
+    return "at level 'none' tasks can do what their user can: docs/security.md" if stage.level == "none" else None
+
+
+@fault(COMPLETED, returns=[], needs=_needs_more_than_none)
+def look_into_those_that_close_themselves(place):
+    attempts = {
+        f"{victim} {name}": (lambda path=f"/proc/{pid}/{name}", mode=mode: os.close(os.open(path, mode)))
+        for victim, pid in {"guardian": place.guardian, "template": place.template}.items()
+        for name, mode in {"mem": os.O_RDWR, "environ": os.O_RDONLY, "maps": os.O_RDONLY}.items()
+    }
+    return _successes(attempts)
+
+
 @fault(COMPLETED, returns=[], needs=needs_filter)
 def take_descriptors_of_those_above(place):
     def take(pid):
