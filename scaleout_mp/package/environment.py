@@ -186,13 +186,13 @@ class Environments:
         path = os.path.join(self._folder, "environments", key)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         executable = os.path.join(path, "bin", "python")
-        with self._locked(f"{path}.lock"):
+        with self._locked(f"{path}.lock") as lock:
             if _is_marked(path, key, wanted) and self._problem(executable, again or check, root) is None:
                 return executable
             if on_build is not None:
                 on_build()
             try:
-                self._build(path, wanted, beside)
+                self._build(path, wanted, beside, lock)
                 self._require_working(executable, check, root)
             except BaseException:
                 # Half of one may be large, and is of no use.
@@ -210,8 +210,8 @@ class Environments:
             raise PackageError("the client ended while the package's environment was made")
 
     @contextlib.contextmanager
-    def _locked(self, path: str) -> Iterator[None]:
-        """Have the others wait that want to build the same."""
+    def _locked(self, path: str) -> Iterator[int]:
+        """Have the others wait that want to build the same, while the descriptor or a copy of it is open."""
         with open(path, "w", encoding="ascii") as file:
             while True:
                 self._require_wanted()
@@ -222,11 +222,11 @@ class Environments:
                     time.sleep(LOOK_EVERY)
                 else:
                     break
-            yield
+            yield file.fileno()
 
-    def _build(self, path: str, wanted: PythonEnv, beside: str) -> None:
+    def _build(self, path: str, wanted: PythonEnv, beside: str, lock: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
-        installer = find_installer(path, beside, self._require_wanted)
+        installer = find_installer(path, beside, self._require_wanted, lock=lock)
         logger.info(
             "building the package's environment with %s: %s",
             installer.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 _LAST_LINES: Final = 12
 #: Seconds between two looks at whether the build was broken off.
 LOOK_EVERY: Final = 0.2
+#: A line of requirements that is an option and the file that it names.
+_NAMES_FILE: Final = re.compile(r"(-r|--requirement|-c|--constraint)(?:\s+|=)\s*(\S.*)")
 
 
 class Installer:
@@ -27,14 +30,16 @@ class Installer:
 
     name = ""
 
-    def __init__(self, path: str, beside: str, require_wanted: Callable[[], None]) -> None:
+    def __init__(self, path: str, beside: str, require_wanted: Callable[[], None], *, lock: int | None = None) -> None:
         """The environment lies at `path`; programs run in the folder `beside`.
 
-        `require_wanted` raises PackageError when the work is to be broken off.
+        `require_wanted` raises PackageError when the work is to be broken off. Programs inherit the descriptor `lock`:
+        when this one is killed, whoever waits for the lock must wait for them as well.
         """
         self._path = path
         self._beside = beside
         self._require_wanted = require_wanted
+        self._inherited = () if lock is None else (lock,)
 
     @property
     def python(self) -> str:
@@ -48,9 +53,14 @@ class Installer:
     def install(self, requirements: Sequence[str]) -> None:
         """Install what the lines of a requirements file say. Raises PackageError."""
         with tempfile.NamedTemporaryFile("w", suffix=".txt", prefix="requirements-") as file:
-            file.write("\n".join(requirements) + "\n")
+            file.write("".join(f"{self._from_here(line)}\n" for line in requirements))
             file.flush()
             self._install_file(file.name)
+
+    def _from_here(self, line: str) -> str:
+        """Return a line that names another file so that it is found: it would be looked for beside ours."""
+        named = _NAMES_FILE.match(line)
+        return line if named is None else f"{named[1]} {os.path.join(self._beside, named[2])}"
 
     def _install_file(self, path: str) -> None:
         raise NotImplementedError
@@ -68,6 +78,7 @@ class Installer:
                 stderr=subprocess.STDOUT,
                 env={**inherited, **(environment or {})},
                 start_new_session=True,
+                pass_fds=self._inherited,
             )
             try:
                 code = self._wait(process)
@@ -91,8 +102,10 @@ class Installer:
 class _Uv(Installer):
     name = "uv"
 
-    def __init__(self, path: str, beside: str, require_wanted: Callable[[], None], *, program: str) -> None:
-        super().__init__(path, beside, require_wanted)
+    def __init__(
+        self, path: str, beside: str, require_wanted: Callable[[], None], *, lock: int | None = None, program: str
+    ) -> None:
+        super().__init__(path, beside, require_wanted, lock=lock)
         self._program = program
 
     def make(self) -> None:
@@ -113,9 +126,9 @@ class _Pip(Installer):
         self.run(pip)
 
 
-def find_installer(path: str, beside: str, require_wanted: Callable[[], None]) -> Installer:
+def find_installer(path: str, beside: str, require_wanted: Callable[[], None], *, lock: int) -> Installer:
     """Return what is there to make the environment at `path`; the arguments are those of `Installer`."""
     uv = shutil.which("uv")
     if uv is None:
-        return _Pip(path, beside, require_wanted)
-    return _Uv(path, beside, require_wanted, program=uv)
+        return _Pip(path, beside, require_wanted, lock=lock)
+    return _Uv(path, beside, require_wanted, lock=lock, program=uv)

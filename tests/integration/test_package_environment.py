@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -12,6 +16,7 @@ import numpy as np
 import pytest
 import wheels
 from edge_running import RunningClient
+from observing import gone, wait_until
 
 from scaleout_mp import PackageError, ScaleoutModel
 from scaleout_mp.localnet import LocalNetworkThread, RunStatus, SessionPlan
@@ -185,3 +190,47 @@ def test_a_build_is_broken_off(tmp_path, monkeypatch):
     environments.close()
     thread.join(10)
     assert raised == ["the client ended while the package's environment was made"]
+
+
+def test_files_that_requirements_name_are_looked_for_from_the_package(tmp_path, monkeypatch):
+    program = tmp_path / "uv"
+    program.write_text(f'#!/bin/sh\n[ $1 = venv ] || {{ shift 5; cat "$1" > {tmp_path}/seen; }}\n')
+    program.chmod(0o755)
+    (tmp_path / "client").mkdir()
+    monkeypatch.setattr("scaleout_mp.package.installing.shutil.which", lambda _: str(program))
+    wanted = PythonEnv(dependencies=("-r more.txt", "--constraint=/etc/limits.txt", "x"))
+    with pytest.raises(PackageError, match="no interpreter"):
+        Environments(tmp_path / "cache").get(wanted, beside=str(tmp_path / "client"))
+    lines = (tmp_path / "seen").read_text().splitlines()
+    assert lines[:3] == [f"-r {tmp_path}/client/more.txt", "--constraint /etc/limits.txt", "x"]
+
+
+BUILDER = """
+import sys
+from scaleout_mp.package import Environments, environment, installing
+
+installing.shutil.which = lambda _: sys.argv[1]
+Environments(sys.argv[2]).get(environment.PythonEnv(dependencies=("x",)), beside=sys.argv[2])
+"""
+
+
+def test_the_next_build_waits_for_what_a_killed_client_was_installing(tmp_path):
+    slow = tmp_path / "uv"
+    slow.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/part\nmv {tmp_path}/part {tmp_path}/begun\nexec sleep 1000\n")
+    slow.chmod(0o755)
+    with subprocess.Popen([sys.executable, "-c", BUILDER, str(slow), str(tmp_path / "cache")]) as builder:
+        wait_until((tmp_path / "begun").exists, seconds=20)
+        installer = int((tmp_path / "begun").read_text())
+        try:
+            builder.kill()
+            builder.wait()
+            (path,) = (tmp_path / "cache" / "environments").glob("*.lock")
+            with open(path) as lock:
+                with pytest.raises(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.kill(installer, signal.SIGKILL)
+                wait_until(lambda: gone(installer), seconds=10)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(installer, signal.SIGKILL)
