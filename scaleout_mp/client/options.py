@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING, Any, Self
 
+from scaleout_mp.config.checks import shown
 from scaleout_mp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,12 +55,12 @@ class GrpcConnectionOptions:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """Read the body of a 200 answer. Raises ConfigError when host or port are missing."""
+        """Read the body of a 200 answer. Raises ConfigError when host or port are missing, or are none."""
         secure = config.get("grpc_secure")
         options = cls(
-            host=config.get("public_hostname") or "",
+            host=_host(config.get("public_hostname")),
             port=_port(config.get("port")),
-            internal_hostname=config.get("internal_hostname") or "",
+            internal_hostname=_host(config.get("internal_hostname")),
             package=config.get("package") or "",
             helper_type=config.get("helper_type") or "",
             grpc_secure=secure if isinstance(secure, bool) else None,
@@ -80,11 +81,19 @@ class GrpcConnectionOptions:
         return f"GrpcConnectionOptions(host={self.host!r}, port={self.port!r}, grpc_secure={self.grpc_secure!r})"
 
 
+def _host(value: Any) -> str:
+    if not value:
+        return ""
+    if not isinstance(value, str) or not value.isprintable() or any(sign in value for sign in " /@"):
+        raise ConfigError(f"the server's answer has no usable combiner host: {shown(value)}")
+    return value
+
+
 def _port(value: Any) -> int:
     try:
         port = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         port = 0
     if not 0 < port < 1 << 16:
-        raise ConfigError(f"the server's answer has no usable combiner port: {value!r}")
+        raise ConfigError(f"the server's answer has no usable combiner port: {shown(value)}")
     return port

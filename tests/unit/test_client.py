@@ -364,7 +364,14 @@ def test_an_empty_public_hostname_means_the_internal_one():
     assert GrpcConnectionOptions("", 1, "inside").host == "inside"
 
 
-@pytest.mark.parametrize("answer", [{"port": 1}, {"public_hostname": "h"}, {"public_hostname": "h", "port": 70000}])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *({"port": 1}, {"public_hostname": "h"}, {"public_hostname": "h", "port": 70000}),
+        *({"public_hostname": "h", "port": float("inf")}, {"public_hostname": 5, "port": 1}),
+        *({"public_hostname": "https://h/", "port": 1}, {"internal_hostname": ["h"], "port": 1}),
+    ],
+)
 def test_an_answer_without_a_combiner_is_refused(answer):
     with pytest.raises(ConfigError, match="server's answer"):
         GrpcConnectionOptions.from_dict(answer)
