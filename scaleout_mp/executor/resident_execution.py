@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import signal
 from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.executor import ladder
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from scaleout_mp.executor.lines import TaskLines
     from scaleout_mp.executor.output import OutputRelay
     from scaleout_mp.executor.plan import ExecutionPlan
+    from scaleout_mp.executor.report import StopCause
     from scaleout_mp.ipc.frames import Frame
     from scaleout_mp.sandbox.confinement import Confinement
 
@@ -233,6 +235,14 @@ class ResidentExecution(Execution):
     def _on_frame(self, frame: Frame) -> None:
         self._began = True
         super()._on_frame(frame)
+
+    def _on_breach(self, cause: StopCause, *, graceful: bool) -> None:
+        if self._resident is not None and not self._began and not graceful:
+            # What the process has taken by now is the doing of what earlier tasks left: this one gets another.
+            self._kill_known()
+            tree.signal_process(self._resident.pid, self._tag, signal.SIGKILL)
+            return
+        super()._on_breach(cause, graceful=graceful)
 
     def _hurry_exit(self) -> None:
         self._needs_no_more_stopping()

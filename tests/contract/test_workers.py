@@ -16,6 +16,7 @@ import resident_programs as workers
 from observing import gone, open_descriptors, wait_until
 
 from scaleout_mp import ConfigError, EndReason, Limits, ScaleoutModel, TaskExecutor, TaskFailed
+from scaleout_mp.executor.report import StopCause
 from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.frames import MAX_LOADED, Kind
 from scaleout_mp.sandbox.cgroup import MemoryGroups
@@ -201,6 +202,24 @@ def test_a_worker_that_dies_between_two_tasks_costs_none(worker):
         task = worker.submit(workers.pid)
         assert task.result(20) != own
         assert task.report().notes == ()
+
+
+def test_a_task_does_not_answer_for_what_earlier_ones_left_that_grows(executor, worker):
+    own = worker.submit(os.getpid).result(20)
+    # The next one comes, but does not begin.
+    os.kill(own, signal.SIGSTOP)
+    task = worker.submit(os.getpid)
+    wait_until(lambda: stopped(executor), seconds=10)
+    (execution,) = stopped(executor)
+    cause = StopCause(reason=EndReason.MEMORY_LIMIT, message="passed its memory limit")
+    executor._loop.call_soon_threadsafe(lambda: execution._on_breach(cause, graceful=False))
+    assert task.result(20) != own
+    assert gone(own)
+
+
+def stopped(executor):
+    """Return the tasks that run in a process."""
+    return [execution for execution in executor._core._running if execution._tree is not None]
 
 
 def test_a_violation_ends_the_worker(worker):
