@@ -235,12 +235,16 @@ class ModelTransfer:
             under_way = call(_chunks(model.iter_chunks(CHUNK), progress), metadata=with_id)
             status = FirstStatus(under_way)
             try:
-                return await under_way
+                answer = await under_way
             except grpc.aio.AioRpcError as error:
                 meant = status.instead_of(error)
                 if meant.code() is grpc.StatusCode.OK:
                     raise _BrokenTransferError("it answered before it had all of the model") from error
                 raise meant from error
+            if answer is None:
+                # What gRPC makes of one that it cannot read.
+                raise _BrokenTransferError("its answer cannot be read")
+            return answer
 
         answer: pb.ModelResponse = await self._calls.authorized(methods.UPLOAD, attempt)
         self._calls.link.succeeded()
@@ -274,6 +278,8 @@ async def _receive(stream: Any, writer: MemoryWriter, progress: Progress) -> Non
                 code="DEADLINE_EXCEEDED",
                 transient=True,
             ) from error
+        if message is None:
+            raise _BrokenTransferError("a part of it cannot be read")
         done = message is END
         if not done:
             batch.append(message.data)

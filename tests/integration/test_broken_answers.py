@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import functools
@@ -17,9 +18,13 @@ from observing import wait_until
 
 from scaleout_mp import EdgeClient, GrpcConnectionOptions, GrpcEdgeClientRuntime, ScaleoutModel
 from scaleout_mp.config import Settings
-from scaleout_mp.errors import CallError
+from scaleout_mp.errors import CallError, ModelTransferError
 from scaleout_mp.localnet import LocalNetworkThread
 from scaleout_mp.localnet.events import TaskReported
+from scaleout_mp.transport.backoff import Backoff
+from scaleout_mp.transport.calls import CombinerCalls
+from scaleout_mp.transport.channel import CallCredentials, open_channel
+from scaleout_mp.transport.transfer import ModelTransfer
 from scaleout_mp.wire import edge_pb2 as pb
 from scaleout_mp.wire import methods
 from scaleout_mp.wire.directives import read_directive, read_task
@@ -86,10 +91,19 @@ class RawServer:
         }
         handlers[methods.POLL_AND_REPORT.name] = grpc.unary_unary_rpc_method_handler(self._poll)
         handlers[methods.TASK_STREAM.name] = grpc.unary_stream_rpc_method_handler(self._tasks)
+        garbage = {
+            methods.UPLOAD.name: grpc.stream_unary_rpc_method_handler(
+                lambda chunks, _context: (list(chunks), NO_TEXT)[1]
+            ),
+            methods.DOWNLOAD.name: grpc.unary_stream_rpc_method_handler(lambda _request, _context: iter([NO_TEXT])),
+        }
         self._pool = concurrent.futures.ThreadPoolExecutor()
         self._server = grpc.server(self._pool)
         self._server.add_generic_rpc_handlers(
-            [grpc.method_handlers_generic_handler(methods.COMBINER_SERVICE, handlers)]
+            [
+                grpc.method_handlers_generic_handler(methods.COMBINER_SERVICE, handlers),
+                grpc.method_handlers_generic_handler(methods.MODEL_SERVICE, garbage),
+            ]
         )
         self.port = self._server.add_insecure_port("127.0.0.1:0")
 
@@ -160,6 +174,26 @@ def test_a_combiner_in_trouble_and_one_that_lacks_calls_are_served_all_the_same(
     # Those are the two greetings.
     assert actions.count("link_failed") == 2
     assert "goodbye_lost" not in actions
+
+
+def test_models_that_cannot_be_read_and_answers_to_them_are_broken_transfers():
+    async def scenario(port):
+        calls = CombinerCalls(open_channel("127.0.0.1", port, secure=False), CallCredentials(client_id="c", name="n"))
+        calls.backoff = Backoff(first=0.001)
+        transfer = ModelTransfer(calls)
+        try:
+            with pytest.raises(ModelTransferError, match=r"arrived broken 3 times: .*cannot be read"):
+                await transfer.download("m")
+            with (
+                ScaleoutModel.from_training_model([np.zeros(3)]) as model,
+                pytest.raises(ModelTransferError, match=r"3 times: .*cannot be read"),
+            ):
+                await transfer.upload(model)
+        finally:
+            await calls.aclose()
+
+    with RawServer([]) as server:
+        asyncio.run(scenario(server.port))
 
 
 def test_a_combiner_that_will_not_have_the_client_ends_its_run():
