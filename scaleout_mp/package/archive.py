@@ -20,6 +20,8 @@ from scaleout_mp.errors import PackageError
 #: A header of a file's name is a few hundred bytes; nothing else is read at once.
 _MAX_READ: Final = 1 << 20
 _COPY_SIZE: Final = 1 << 16
+#: How the folder is called that becomes the one that was asked for.
+_UNFINISHED: Final = ".unpacking-"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ def unpack(archive: str, folder: str, *, limits: ArchiveLimits = _DEFAULT) -> No
     """
     parent = os.path.dirname(os.path.abspath(folder))
     os.makedirs(parent, exist_ok=True)
-    temporary = tempfile.mkdtemp(dir=parent, prefix=".unpacking-")
+    temporary = tempfile.mkdtemp(dir=parent, prefix=_UNFINISHED)
     try:
         with _decompressed(archive) as stream:
             _unpack(_Bounded(stream, limits.max_bytes), temporary, limits)
@@ -66,6 +68,13 @@ def unpack(archive: str, folder: str, *, limits: ArchiveLimits = _DEFAULT) -> No
         raise PackageError(f"{archive} is a broken tar archive: {type(error).__name__}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_unfinished(parent: str) -> None:
+    """Remove what killed programs left of their unpacking into folders in `parent`. Nobody may be unpacking there."""
+    for name in os.listdir(parent):
+        if name.startswith(_UNFINISHED):
+            shutil.rmtree(os.path.join(parent, name), ignore_errors=True)
 
 
 def _decompressed(path: str) -> IO[bytes]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
-import tempfile
+import threading
 import time
 from typing import TYPE_CHECKING, Final
 
 from scaleout_mp.errors import ConfigError, PackageError, TransportError
-from scaleout_mp.package.archive import checksum_of, unpack
+from scaleout_mp.package.archive import checksum_of, remove_unfinished, unpack
 from scaleout_mp.package.environment import read_python_env
+from scaleout_mp.package.installing import LOOK_EVERY
 from scaleout_mp.package.manifest import read_manifest
 from scaleout_mp.supervisor.package_callbacks import LoadablePackage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from scaleout_mp.package.environment import Environments
     from scaleout_mp.transport.package_api import PackageApi, RemoteArchive
@@ -52,6 +54,7 @@ class RemotePackage:
         self._clock = clock
         self._current: RemoteArchive | None = None
         self._ask_at = 0.0
+        self._closed = threading.Event()
 
     @property
     def name(self) -> str:
@@ -71,6 +74,7 @@ class RemotePackage:
 
     def make_ready(self) -> LoadablePackage:
         """Download and unpack what is not there yet. Raises PackageError and OSError."""
+        self._closed.clear()
         self.version()
         archive = self._current
         assert archive is not None
@@ -85,35 +89,52 @@ class RemotePackage:
         return LoadablePackage(folder=manifest.folder, startup=manifest.startup, environment=environment)
 
     def _unpack(self, archive: RemoteArchive, folder: str) -> None:
-        """Unpack an archive into the folder of its checksum, unless another client of these folders is faster."""
         path = self._downloaded(archive)
-        try:
-            unpack(path, folder)
-        except PackageError:
+        os.makedirs(self._folders, exist_ok=True)
+        with self._alone(self._folders):
             if not os.path.isdir(folder):
-                raise
+                remove_unfinished(self._folders)
+                unpack(path, folder)
 
     def _downloaded(self, archive: RemoteArchive) -> str:
         os.makedirs(self._archives, exist_ok=True)
         path = os.path.join(self._archives, f"{archive.checksum[:16]}-{archive.name}")
-        if os.path.isfile(path) and checksum_of(path) == archive.checksum:
-            return path
-        # Under a name of its own: other clients may be loading the same into the same folder.
-        descriptor, part = tempfile.mkstemp(dir=self._archives, prefix=f"{archive.checksum[:16]}-", suffix=".part")
-        os.close(descriptor)
-        try:
-            self._api.download(part, most=_MAX_SIZE)
-            if checksum_of(part) != archive.checksum:
-                raise PackageError(f"the package {archive.name} that came is not the one of its checksum: not unpacked")
-            os.rename(part, path)
-        except TransportError as error:
-            raise PackageError(str(error)) from error
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(part)
+        with self._alone(self._archives):
+            if not (os.path.isfile(path) and checksum_of(path) == archive.checksum):
+                self._download(archive, path)
         return path
 
+    def _download(self, archive: RemoteArchive, path: str) -> None:
+        part = f"{path}.part"
+        try:
+            self._api.download(part, most=_MAX_SIZE)
+        except TransportError as error:
+            raise PackageError(str(error)) from error
+        if checksum_of(part) != archive.checksum:
+            os.unlink(part)
+            raise PackageError(f"the package {archive.name} that came is not the one of its checksum: not unpacked")
+        os.rename(part, path)
+
+    @contextlib.contextmanager
+    def _alone(self, folder: str) -> Iterator[None]:
+        """Have other clients wait that load into a folder. Raises PackageError when this one is to end."""
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    # A wait for the lock itself could not be broken off.
+                    if self._closed.wait(LOOK_EVERY):
+                        raise PackageError("the client ended while its package was loaded by another one") from None
+                else:
+                    break
+            yield
+        finally:
+            os.close(descriptor)
+
     def close(self) -> None:
-        """Break off the making of an environment."""
+        """Break off a wait for another client, and the making of an environment."""
+        self._closed.set()
         if self._environments is not None:
             self._environments.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import fcntl
 import gzip
 import io
 import os
@@ -167,25 +168,24 @@ def test_folders_that_no_entry_names_count_as_well(tmp_path):
         unpack(path, str(tmp_path / "other"), limits=ArchiveLimits(max_entries=14))
 
 
-class SlowApi:
-    """Gives out an archive, to two who ask at the same time."""
+class Api:
+    """Gives out an archive, and counts to whom."""
 
     def __init__(self, path):
         with open(path, "rb") as file:
             self._data = file.read()
         self._checksum = checksum_of(path)
-        self._both = threading.Barrier(2)
+        self.downloads = 0
 
     def current(self):
         return RemoteArchive(name="client.tgz", checksum=self._checksum)
 
     def download(self, path, *, most):
-        half = len(self._data) // 2
+        self.downloads += 1
         with open(path, "wb") as file:
-            file.write(self._data[:half])
-            file.flush()
-            self._both.wait(10)
-            file.write(self._data[half:])
+            for start in range(0, len(self._data), 10_000):
+                file.write(self._data[start : start + 10_000])
+                file.flush()
 
 
 def test_two_clients_that_load_the_same_package_into_one_folder_both_get_it(tmp_path):
@@ -193,16 +193,44 @@ def test_two_clients_that_load_the_same_package_into_one_folder_both_get_it(tmp_
     from scaleout_mp.package import RemotePackage
 
     manifest = member("client/scaleout.yaml", data=b"entry_points: {startup: startup.py}\n")
-    path = archive(tmp_path / "a.tgz", manifest, member("client/startup.py", data=b"x" * 50_000))
-    api = SlowApi(path)
+    path = archive(tmp_path / "a.tgz", manifest, member("client/startup.py", data=os.urandom(500_000)))
+    api, together = Api(path), threading.Barrier(2)
+    # Of one that was killed.
+    (tmp_path / "folders" / ".unpacking-x" / "client").mkdir(parents=True)
 
     def make_ready():
+        together.wait(10)
         return RemotePackage(api, archives=tmp_path / "archives", folders=tmp_path / "folders").make_ready()
 
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         first, second = [future.result() for future in [threads.submit(make_ready) for _ in range(2)]]
     assert first == second
-    assert len(os.listdir(tmp_path / "archives")) == len(os.listdir(tmp_path / "folders")) == 1
+    assert api.downloads == 1
+    assert os.listdir(tmp_path / "archives") == [f"{checksum_of(path)[:16]}-client.tgz"]
+    assert os.listdir(tmp_path / "folders") == [checksum_of(path)[:32]]
+
+
+def test_a_wait_for_another_client_is_broken_off(tmp_path):
+    pytest.importorskip("yaml", reason="PyYAML is not installed: `make install` has it")
+    from scaleout_mp.package import RemotePackage
+
+    api = Api(archive(tmp_path / "a.tgz", FILE))
+    (tmp_path / "archives").mkdir()
+    other = os.open(tmp_path / "archives", os.O_RDONLY)
+    try:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        package = RemotePackage(api, archives=tmp_path / "archives", folders=tmp_path / "folders")
+        with concurrent.futures.ThreadPoolExecutor(1) as threads:
+            waits = threads.submit(package.make_ready)
+            while not waits.done():
+                # Before it began to wait, the first may be forgotten.
+                package.close()
+                concurrent.futures.wait([waits], timeout=0.05)
+            with pytest.raises(PackageError, match="the client ended"):
+                waits.result()
+    finally:
+        os.close(other)
+    assert api.downloads == 0
 
 
 def test_checksum(tmp_path):
