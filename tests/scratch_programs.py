@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -202,6 +204,37 @@ def _fill():
     with open("data", "w") as file:
         file.write("x")
     current_task().log_metric({"ready": 1.0})
+
+
+def make_immutable():
+    """Make files, folders and the scratch folder itself immutable or append-only; return why that cannot be done."""
+    os.chdir(os.environ["TMPDIR"])
+    for name in ("a", "b"):
+        os.makedirs(f"{name}/below")
+        for folder in (name, f"{name}/below"):
+            with open(f"{folder}/file", "w") as file:
+                file.write("x")
+    os.chmod("b/below", 0)
+    immutable, append_only = 0x10, 0x20
+    try:
+        for name, flag in (("a", immutable), ("b", append_only)):
+            for path in (f"{name}/below/file", f"{name}/below", f"{name}/file", name):
+                _set_flag(path, flag)
+        _set_flag(".", immutable)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _set_flag(path, flag):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # FS_IOC_GETFLAGS and FS_IOC_SETFLAGS; the file system has flags of its own.
+        before = bytearray(8)
+        fcntl.ioctl(descriptor, 0x80086601, before)
+        fcntl.ioctl(descriptor, 0x40086602, struct.pack("=Q", struct.unpack("=Q", before)[0] | flag))
+    finally:
+        os.close(descriptor)
 
 
 def crash():

@@ -4,7 +4,7 @@ A path can be nested deeper than any stack or descriptor table is long, and long
 followed: what lies in a subfolder is unlinked, and folders in it are moved up, until nothing is below the top. Each
 folder is opened by its parent's descriptor, found to be one, and moved and emptied once. What a task has mounted there,
 another folder of the same disk for example, is left: only its mount tells it from a folder of the task's own. Facts:
-openat(2), rename(2), proc_pid_fdinfo(5).
+openat(2), rename(2), proc_pid_fdinfo(5), FS_IOC_SETFLAGS(2const).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import errno
 import fcntl
 import os
 import secrets
+import stat
+import struct
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -25,6 +27,10 @@ _FOLDER_ITSELF: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXE
 #: Opens a folder to be read and locked.
 OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _USABLE: Final = 0o700
+#: Read and set what chattr(1) sets, on machines of 64 bits, and of that what stands in the way: immutable, append-only.
+_GET_FLAGS: Final = 0x80086601
+_SET_FLAGS: Final = 0x40086602
+_FIXED: Final = 0x10 | 0x20
 #: The line of a descriptor's file in /proc that says on which mount it is.
 _MOUNT: Final = b"mnt_id:"
 #: What unlink(2) and rmdir(2) say of a folder that has to be emptied, and of one on which something is mounted.
@@ -67,7 +73,12 @@ class Removal:
     def _unlink(self, name: str, folder: int) -> bool:
         """Remove what is no folder, or an empty one. False: it is a folder with something in it, or it stays."""
         try:
-            os.unlink(name, dir_fd=folder)
+            try:
+                os.unlink(name, dir_fd=folder)
+            except PermissionError:
+                if not _loosen_file(name, folder):
+                    raise
+                os.unlink(name, dir_fd=folder)
         except FileNotFoundError:
             return True
         except IsADirectoryError:
@@ -142,10 +153,18 @@ class Removal:
             if _mount_of(itself) != self._mount:
                 path = os.readlink(f"/proc/self/fd/{itself}")
                 raise OSError(errno.EXDEV, "something is mounted there, which is left as it is", path)
-            if os.fstat(itself).st_mode & _USABLE != _USABLE:
-                # Through the descriptor: by name it could be another file by now.
-                os.chmod(f"/proc/self/fd/{itself}", _USABLE)
-            return os.open(".", OPEN, dir_fd=itself)
+            usable = os.fstat(itself).st_mode & _USABLE == _USABLE
+            # Through the descriptor: by name it could be another file by now.
+            path = f"/proc/self/fd/{itself}"
+            if not usable:
+                # It may be immutable. Who can make it so, can open it.
+                with contextlib.suppress(PermissionError):
+                    os.chmod(path, _USABLE)
+            opened = os.open(".", OPEN, dir_fd=itself)
+            if _loosen(opened) and not usable:
+                with contextlib.suppress(PermissionError):
+                    os.chmod(path, _USABLE)
+            return opened
         finally:
             os.close(itself)
 
@@ -174,6 +193,34 @@ def remove_ownerless(name: str, folder: int, give_up: Callable[[], bool]) -> Non
         Removal(give_up=give_up).remove(name, folder)
     finally:
         os.close(subfolder)
+
+
+def _loosen(descriptor: int) -> bool:
+    """Make a file changeable that a privileged task has made immutable or append-only; return whether it was."""
+    flags = bytearray(8)
+    try:
+        fcntl.ioctl(descriptor, _GET_FLAGS, flags)
+        (old,) = struct.unpack_from("=I", flags)
+        if not old & _FIXED:
+            return False
+        fcntl.ioctl(descriptor, _SET_FLAGS, struct.pack("=Q", old & ~_FIXED))
+    except OSError:
+        # A file system without such flags, or this process lacks the privilege.
+        return False
+    return True
+
+
+def _loosen_file(name: str, folder: int) -> bool:
+    try:
+        if not stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            return False
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    except OSError:
+        return False
+    try:
+        return _loosen(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _mount_of(descriptor: int) -> tuple[bytes, int]:

@@ -130,6 +130,14 @@ def test_what_is_mounted_in_it_is_left_and_named(tmp_path, what):
     assert list(base.iterdir()) == []
 
 
+def test_what_cannot_be_changed_in_it_goes(base):
+    with TaskExecutor(sandbox="none", echo_output=False, scratch_folder=base) as executor:
+        problem = executor.submit(programs.make_immutable).result(30)
+        if problem is not None:
+            pytest.skip(f"nothing can be made immutable here: {problem}")
+        wait_until(lambda: folders(base) == [], what="its removal")
+
+
 @pytest.mark.parametrize("program", [programs.crash, programs.hang], ids=lambda program: program.__name__)
 def test_it_goes_however_the_task_ends(base, program):
     with TaskExecutor(echo_output=False, scratch_folder=base, limits=Limits(abort_grace=0)) as executor:
