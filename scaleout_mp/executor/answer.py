@@ -24,7 +24,7 @@ class Answer:
         """`evidence` gets what came; `on_violation` is called when a result turns out to be none."""
         self._evidence = evidence
         self._max_model_size = max_model_size
-        self._on_violation = on_violation
+        self._on_violation: Callable[[ProtocolViolation], None] | None = on_violation
         self._loop = asyncio.get_running_loop()
         self._came = False
         self._reading: asyncio.Task[Any] | None = None
@@ -58,7 +58,8 @@ class Answer:
     def _on_read(self, reading: asyncio.Task[Any]) -> None:
         error = reading.exception()
         if isinstance(error, ProtocolViolation):
-            self._on_violation(error)
+            if self._on_violation is not None:
+                self._on_violation(error)
         elif error is not None:
             # Out of descriptors or memory here: the result is lost, which is not the task's fault but its end.
             self._evidence.launcher_problem = f"its result could not be taken: {error}"
@@ -76,6 +77,8 @@ class Answer:
             await asyncio.wait([self._reading])
 
     def give(self) -> Any:
-        """Return the result; None: there is none. Whoever has it owns its memory."""
+        """Return the result; None: there is none. Whoever has it owns its memory. Nothing is taken any more."""
         value, self._value, self._reading = self._value, None, None
+        # It leads to the task, which holds this and its arguments: a cycle would keep their models until a collection.
+        self._on_violation = None
         return value
