@@ -52,6 +52,8 @@ class Orphans:
         self._look_at = math.inf
         #: Processes die faster than they are reaped.
         self._behind = False
+        #: Monotonic clock: not before that is anybody held back again.
+        self._hold_at = 0.0
         self._own_limit = tree.tag_of(os.getpid())
 
     @property
@@ -93,6 +95,9 @@ class Orphans:
         processors when nobody else wants them. Called by the one who reaps, who does nothing else for them.
         """
         self._behind = True
+        began = time.monotonic()
+        if began < self._hold_at:
+            return
         with contextlib.suppress(ChildProcessError, ProcessLookupError, PermissionError):
             dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if dead is None:
@@ -102,15 +107,19 @@ class Orphans:
                 self._kill({pid: tag})
             elif (group := os.getpgid(pid)) not in {0, os.getpgrp()}:
                 os.setpriority(os.PRIO_PGRP, group, _LAST)
+        # It takes the kernel time for every zombie of the group, which is time for reaping them.
+        now = time.monotonic()
+        self._hold_at = now + _REST * (now - began)
 
-    def look(self, pids: list[int], running: Collection[int]) -> None:
+    def look(self, adopted: Callable[[], list[int]], running: Collection[int]) -> None:
         """Kill what nobody else knows of or finds, and say of which tasks nobody is left.
 
-        `pids` are the children that are no task's first process, the oldest first, `running` the tags of tasks. Nobody
-        else knows the tags of an executor that ran inside a task which is gone. Called when there is nothing else to
-        do, and seldom otherwise: with each of a thousand that die, it would be a million looks.
+        `adopted` returns the children that are no task's first process, the oldest first; `running` are the tags of
+        tasks. Nobody else knows the tags of an executor that ran inside a task which is gone. Called when there is
+        nothing else to do, and seldom otherwise: with each of a thousand that die, it would be a million looks.
         """
         began = time.monotonic()
+        pids = adopted()
         patient = {tag for tag, leaving in self._leaving.items() if leaving.impatient_at > began}
         spared = self._known(running) | (set() if self._behind else patient)
         # The youngest first: of those that fork and leave, the others are dead already.

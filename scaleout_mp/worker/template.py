@@ -103,7 +103,7 @@ class Template:
             while True:
                 events = poll.poll(0)
                 if self._orphans.due or (not events and self._orphans.expected):
-                    self._orphans.look(self._adopted(), self._running())
+                    self._orphans.look(self._adopted, self._running())
                 if not events:
                     if not self._tasks:
                         self._shared_memory.clear()
