@@ -27,8 +27,16 @@ def no_process_left():
         time.sleep(0.01)
 
 
+#: Tests that take ten seconds and more.
+LONG = ("test_every_fault_as_an_ordinary_user", "test_ten_thousand_short_tasks")
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leave out what `make test-all` has beside: variants that take long and seldom tell more than their siblings."""
+    """Leave out what `make test-all` has beside: variants that take long and seldom tell more than their siblings.
+
+    Long tests come first: begun last, one would keep the other process of `make test` waiting for its end.
+    """
+    items.sort(key=lambda item: item.originalname not in LONG)
     if os.environ.get("SCALEOUT_MP_ALL_TESTS"):
         return
     extra = [item for item in items if _is_extra(item)]

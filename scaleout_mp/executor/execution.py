@@ -88,6 +88,8 @@ class Execution:
         self._lines: TaskLines | None = None
         #: Due once the task itself has decided its end.
         self._leaving: asyncio.TimerHandle | None = None
+        #: Due when killing one process after the other takes long.
+        self._last_resort: asyncio.TimerHandle | None = None
         self._child: Child | None = None
         self._stopping: asyncio.Task[None] | None = None
         #: What it was given when its turn came.
@@ -240,8 +242,8 @@ class Execution:
     async def _tidy_up(self) -> None:
         if self._watches is not None:
             self._watches.close()
-        if self._leaving is not None:
-            self._leaving.cancel()
+        for timer in filter(None, (self._leaving, self._last_resort)):
+            timer.cancel()
         if self._lines is not None:
             self._evidence.stdout_tail, self._evidence.stderr_tail = self._lines.output()
             self._evidence.output_lost = self._lines.output_lost
@@ -328,6 +330,7 @@ class Execution:
         if self._stopping is not None:
             await self._stopping
         if strays:
+            self._kill_group_later()
             exited = self._evidence.exited
             cleared = None if exited is None else exited.cleared
             self._evidence.strays_killed = await ladder.clear(self._tag, cleared)
@@ -403,12 +406,19 @@ class Execution:
 
     def _kill_known(self) -> None:
         """Kill what is below the first process, and what the last look has seen; the sweep finds the others."""
+        self._launcher.doom(self._tag)
+        self._kill_group_later()
         if self._tree is not None:
             # All at once: what they share is freed when the last of them goes, and each takes its time to go.
             below = memory.descendants(self._tree.pid, most=_MANY)
             for pid in dict.fromkeys([*below, *self._tree.pids]):
                 if not tree.is_tracker(pid):
                     tree.signal_process(pid, self._tag, signal.SIGKILL)
+
+    def _kill_group_later(self) -> None:
+        """Have the kernel kill what is left when those who clean up after others have had their time."""
+        if self._group is not None and self._last_resort is None:
+            self._last_resort = self._loop.call_later(tree.TRACKER_GRACE, self._group.kill)
 
     def _gone(self, child: Child) -> asyncio.Future[Any]:
         """Return what is done once the task needs no further stopping."""

@@ -85,6 +85,10 @@ class Launcher(Protocol):
         """
         ...
 
+    def doom(self, tag: int) -> None:
+        """Say that the task with this tag is being killed: nothing of it is worth to be spared any more."""
+        ...
+
     async def renew(self, interpreter: Interpreter) -> None:
         """Load everything anew, in `interpreter`, for what is started from now on.
 

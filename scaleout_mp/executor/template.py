@@ -341,6 +341,11 @@ class TemplateLauncher:
         life.leaving.clear()
         logger.error("%s; the next task starts a new one", problem, extra={"action": "template_died"})
 
+    def doom(self, tag: int) -> None:
+        """Say that a task is being killed: who reaps what it leaves is the first to see what forks and leaves."""
+        for life in (*self._retired, *filter(None, [self._life])):
+            life.channel.send(frames.encode(Kind.DOOM, tag))
+
     def abandon(self, task_id: str) -> None:
         """Give up a start: end a template that hangs in user code while it loads a callback."""
         lives = [*self._retired, *filter(None, [self._life])]

@@ -50,6 +50,8 @@ class Kind(enum.IntEnum):
     SETUP = 32
     LOAD = 33
     START = 34
+    #: A task is being killed.
+    DOOM = 35
     # Template to supervisor.
     READY = 48
     LOADED = 49

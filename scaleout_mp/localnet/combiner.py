@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import socket
@@ -17,7 +18,7 @@ from scaleout_mp.localnet.model_calls import ModelCalls, serialize_chunk
 from scaleout_mp.wire import methods
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection
+    from collections.abc import AsyncIterator, Callable, Collection, Iterator
 
     from scaleout_mp.localnet.certificates import ServerTls
     from scaleout_mp.localnet.faults import Fault, FaultPlan
@@ -95,6 +96,7 @@ class Combiner:
         self.port = 0
         self._parts = parts
         self._server: grpc.aio.Server | None = None
+        self._in_flight: set[asyncio.Task[Any]] = set()
         calls = CombinerCalls(parts, accepted_versions=accepted_versions, release=release)
         models = ModelCalls(parts)
         self._behaviours: dict[Method, Callable[..., Any]] = {
@@ -136,6 +138,13 @@ class Combiner:
         server, self._server = self._server, None
         if server is not None:
             await server.stop(_STOP_GRACE)
+            # It does not wait for those that wait for the client's next part: they would be told of as not handled.
+            if left := list(self._in_flight):
+                for call in left:
+                    call.cancel()
+                await asyncio.wait(left, timeout=_STOP_GRACE)
+                # And for what waits for them in turn.
+                await asyncio.sleep(0)
 
     @property
     def serving(self) -> bool:
@@ -166,29 +175,41 @@ class Combiner:
 
     def _unary(self, method: Method, behaviour: Callable[..., Any]) -> Callable[..., Any]:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            the_call = await self._admit(method, context)
-            try:
-                answer = await behaviour(request, the_call)
-            except Exception as error:  # noqa: BLE001 - every error must become an answer
-                await self._fail(method, context, error)
-            if the_call.fault is not None and the_call.fault.after and the_call.fault.code is not None:
-                await context.abort(the_call.fault.code, the_call.fault.details)
-            return answer
+            with self._at_work():
+                the_call = await self._admit(method, context)
+                try:
+                    answer = await behaviour(request, the_call)
+                except Exception as error:  # noqa: BLE001 - every error must become an answer
+                    await self._fail(method, context, error)
+                if the_call.fault is not None and the_call.fault.after and the_call.fault.code is not None:
+                    await context.abort(the_call.fault.code, the_call.fault.details)
+                return answer
 
         return call
 
     def _streaming(self, method: Method, behaviour: Callable[..., Any]) -> Callable[..., Any]:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            the_call = await self._admit(method, context)
-            try:
-                async for answer in behaviour(request, the_call):
-                    if the_call.fault is not None and the_call.fault.after and the_call.fault.code is not None:
-                        await context.abort(the_call.fault.code, the_call.fault.details)
-                    yield answer
-            except Exception as error:  # noqa: BLE001 - every error must become an answer
-                await self._fail(method, context, error)
+            with self._at_work():
+                the_call = await self._admit(method, context)
+                try:
+                    async for answer in behaviour(request, the_call):
+                        if the_call.fault is not None and the_call.fault.after and the_call.fault.code is not None:
+                            await context.abort(the_call.fault.code, the_call.fault.details)
+                        yield answer
+                except Exception as error:  # noqa: BLE001 - every error must become an answer
+                    await self._fail(method, context, error)
 
         return call
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        task = asyncio.current_task()
+        assert task is not None
+        self._in_flight.add(task)
+        try:
+            yield
+        finally:
+            self._in_flight.discard(task)
 
     async def _admit(self, method: Method, context: grpc.aio.ServicerContext[Any, Any]) -> Call:
         """Check the caller's token, note its sign of life, and apply a planned fault."""
@@ -207,7 +228,8 @@ class Combiner:
         return Call(context=context, client_id=client_id, name=str(metadata.get("name") or ""), fault=fault)
 
     async def _fail(self, method: Method, context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
-        if isinstance(error, grpc.aio.AbortError):
+        if isinstance(error, grpc.aio.AbortError) or self._server is None:
+            # An answer already, or nobody is left to give one to: the server is being stopped.
             raise error
         if isinstance(error, ModelNotFoundError):
             code = grpc.StatusCode.NOT_FOUND

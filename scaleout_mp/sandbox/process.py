@@ -155,8 +155,8 @@ def thread_count() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def kill_children(pids: Iterable[int]) -> None:
-    """Kill children, reaped by nobody yet, and the process groups that they are in, unless it is this process's own.
+def kill_children(pids: Iterable[int], *, groups: bool) -> None:
+    """Kill children, reaped by nobody yet; with `groups`, the process groups that they are in, except this process's.
 
     Those of a group die at once, before any of them can fork again (setpgid(2), fork(2)).
     """
@@ -165,7 +165,7 @@ def kill_children(pids: Iterable[int]) -> None:
     for pid in pids:
         # A child keeps its pid until it is reaped, and its group's number belongs to nobody else as long.
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            group = os.getpgid(pid)
+            group = os.getpgid(pid) if groups else 0
             os.kill(pid, signal.SIGKILL)
             if group not in done:
                 done.add(group)

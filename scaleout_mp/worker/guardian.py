@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 _ROUND: Final = 0.001
 #: Seconds from which on poll(2) is exact enough.
 _WHOLE: Final = 0.005
-#: Seconds for resource trackers, which remove what the tasks left in /dev/shm.
-_TRACKERS: Final = 0.5
 #: Seconds for removing what a dead supervisor's tasks wrote; what is left then goes with the next one's start.
 _REMOVAL: Final = 0.5
 
@@ -120,11 +118,13 @@ def _reap(template: int) -> int | None:
 
 def _end_everything() -> None:
     # Only children are killed: they keep their pid until they are reaped here. Their own children come up next.
-    deadline = time.monotonic() + _TRACKERS
+    deadline = time.monotonic() + tree.TRACKER_GRACE
     while children := process.children():
         spared = time.monotonic() < deadline
         # The youngest first: of those that fork and leave, the others are dead already.
-        process.kill_children(pid for pid in reversed(children) if not (spared and tree.is_tracker(pid)))
+        doomed = [pid for pid in reversed(children) if not (spared and tree.is_tracker(pid))]
+        # Trackers are in the groups of those whose shared memory they remove.
+        process.kill_children(doomed, groups=not spared)
         select.poll().poll(_ROUND * 1000)
         with contextlib.suppress(ChildProcessError):
             # Not until there is nobody, as above.

@@ -37,6 +37,8 @@ class _Leaving:
     task_id: str
     #: Monotonic clock: from then on its orphans are not left to the supervisor alone.
     impatient_at: float
+    #: The same clock: from then on its trackers go as well, with the process groups that they are in.
+    gentle_until: float
     #: How many were killed here, at most: some may have been dead.
     killed: int = 0
 
@@ -77,7 +79,10 @@ class Orphans:
 
     def leave(self, task_id: str, tag: int) -> None:
         """Follow what is left of a task whose first process is gone, until nobody is."""
-        self._leaving[tag] = _Leaving(task_id=task_id, impatient_at=time.monotonic() + _SUPERVISORS_TIME)
+        now = time.monotonic()
+        self._leaving[tag] = _Leaving(
+            task_id=task_id, impatient_at=now + _SUPERVISORS_TIME, gentle_until=now + tree.TRACKER_GRACE
+        )
 
     def caught_up(self) -> None:
         """Note that all who were dead have been reaped."""
@@ -91,8 +96,8 @@ class Orphans:
     def hold_back(self, running: Collection[int]) -> None:
         """Stop whoever dies faster than they are reaped, by the process group of one that is dead.
 
-        Those of a task that is gone are killed; those of one that runs, whose tag is among `running`, have the
-        processors when nobody else wants them. Called by the one who reaps, who does nothing else for them.
+        Those of a task that is gone or being killed are killed; those of one that runs, whose tag is among `running`,
+        have the processors when nobody else wants them. Called by the one who reaps, who does nothing else for them.
         """
         self._behind = True
         began = time.monotonic()
@@ -104,7 +109,7 @@ class Orphans:
                 return
             pid, tag = dead.si_pid, tree.tag_of(dead.si_pid)
             if tag not in self._known(running):
-                self._kill({pid: tag})
+                self._kill({pid: tag}, groups=True)
             elif (group := os.getpgid(pid)) not in {0, os.getpgrp()}:
                 os.setpriority(os.PRIO_PGRP, group, _LAST)
         # It takes the kernel time for every zombie of the group, which is time for reaping them.
@@ -121,6 +126,7 @@ class Orphans:
         began = time.monotonic()
         pids = adopted()
         patient = {tag for tag, leaving in self._leaving.items() if leaving.impatient_at > began}
+        gentle = {tag for tag, leaving in self._leaving.items() if leaving.gentle_until > began and not self._behind}
         spared = self._known(running) | (set() if self._behind else patient)
         # The youngest first: of those that fork and leave, the others are dead already.
         some = pids[: -_YOUNGEST - 1 : -1] if self._behind else pids[::-1]
@@ -128,9 +134,10 @@ class Orphans:
         strays = {
             pid: tag
             for pid, tag in orphans.items()
-            if tag not in spared and not (tag in patient and tree.is_tracker(pid))
+            if tag not in spared and not (tag in gentle and tree.is_tracker(pid))
         }
-        self._kill(strays)
+        self._kill({pid: tag for pid, tag in strays.items() if tag in gentle}, groups=False)
+        self._kill({pid: tag for pid, tag in strays.items() if tag not in gentle}, groups=True)
         if not self._behind:
             for tag in self._leaving.keys() - orphans.values():
                 left = self._leaving.pop(tag)
@@ -143,8 +150,8 @@ class Orphans:
         # Whoever wears no tag is none of a task's.
         return {None, self._own_limit, *running}
 
-    def _kill(self, strays: dict[int, int | None]) -> None:
-        process.kill_children(strays)
+    def _kill(self, strays: dict[int, int | None], *, groups: bool) -> None:
+        process.kill_children(strays, groups=groups)
         for tag in strays.values():
             leaving = None if tag is None else self._leaving.get(tag)
             if leaving is not None:

@@ -85,6 +85,8 @@ class Template:
         self._orphans = Orphans(lambda task_id, killed: channel.send(frames.encode(Kind.CLEARED, task_id, killed)))
         #: pid of each task's first process -> (task id, tag).
         self._tasks: dict[int, tuple[str, int]] = {}
+        #: Tags of tasks that are being killed.
+        self._doomed: set[int] = set()
         self._wakeup, self._wakeup_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._take_signals()
 
@@ -132,6 +134,8 @@ class Template:
                 self._load(frame.fields[0], SentCallable.from_frame(frame))
             case Kind.START:
                 self._start(frame)
+            case Kind.DOOM:
+                self._doomed.add(frame.fields[0])
             case _:
                 raise ChannelError(f"the supervisor sent {frame.kind.name} to the template")
 
@@ -346,6 +350,7 @@ class Template:
             if ended is None:
                 continue
             task_id, tag = ended
+            self._doomed.discard(tag)
             strays = self._orphans.behind or bool(self._adopted())
             if strays:
                 self._orphans.leave(task_id, tag)
@@ -356,7 +361,8 @@ class Template:
                 "strays": strays,
             }
             self._channel.send(frames.encode(Kind.EXITED, task_id, facts))
-        self._orphans.hold_back(self._running())
+        self._doomed.intersection_update(self._running())
+        self._orphans.hold_back(set(self._running()) - self._doomed)
         # Full: it wakes all the same.
         with contextlib.suppress(BlockingIOError):
             os.write(self._wakeup_end, b"\0")

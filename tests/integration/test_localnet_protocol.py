@@ -506,3 +506,31 @@ def test_a_network_can_be_closed_twice_and_not_used_after(tmp_path):
     net.close()
     with pytest.raises(LocalNetworkError, match="does not run"):
         net.clients()
+
+
+def test_a_network_that_ends_in_the_midst_of_an_upload_says_nothing_of_it(tmp_path, caplog):
+    # It is the client's to try again; the network's output would end in a traceback.
+    sent, over, codes = threading.Event(), threading.Event(), []
+
+    def parts():
+        yield pb.FileChunk(data=b"x" * 100)
+        sent.set()
+        over.wait(20)
+
+    def upload():
+        with pytest.raises(grpc.RpcError) as failure:
+            edge.call(methods.UPLOAD, parts(), ("model-id", "half"))
+        codes.append(failure.value.code())
+
+    with LocalNetworkThread(tmp_path / "net") as net:
+        edge = ScriptedClient(net.combiner_address, "edge")
+        uploading = threading.Thread(target=upload)
+        uploading.start()
+        assert sent.wait(10)
+        # Served after the upload, which came before.
+        edge.announce("Connect")
+    over.set()
+    uploading.join()
+    edge.close()
+    assert codes[0] in {grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE}
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []

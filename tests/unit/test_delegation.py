@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import select
 import subprocess
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from scaleout_mp.sandbox import delegation
+from scaleout_mp.sandbox import cgroup, delegation
 
 
 def mounted():
@@ -119,3 +120,15 @@ def test_a_user_owns_the_top_of_what_was_delegated_and_not_every_group_below(tmp
     monkeypatch.setattr(os, "stat", lambda path, **_: SimpleNamespace(st_uid=owners[str(path)]))
     assert delegation.is_delegated(str(tmp_path / "service"))
     assert not delegation.is_delegated(str(below))
+
+
+def test_a_group_is_killed_at_once_with_all_that_is_in_it(group):
+    folder, _, pid = group
+    descriptor = os.pidfd_open(pid)
+
+    cgroup.kill_all(str(folder))
+
+    try:
+        assert select.select([descriptor], [], [], 10)[0]
+    finally:
+        os.close(descriptor)
