@@ -28,7 +28,17 @@ def no_process_left():
 
 
 #: Tests that take ten seconds and more.
-LONG = ("test_every_fault_as_an_ordinary_user", "test_ten_thousand_short_tasks")
+LONG = (
+    "test_every_fault_as_an_ordinary_user",
+    "test_all_comes_out_as_planned",
+    "test_an_environment_is_built_once_and_anew_when_it_is_broken",
+    "test_nothing_is_lost_whatever_breaks",
+    "test_two_demos_at_once_do_not_meet_and_top_shows_both",
+    "test_a_burst_of_metrics_before_a_sigkill_arrives_whole",
+    "test_ten_thousand_short_tasks",
+    "test_scikit_learn_as_a_package_and_as_a_script",
+    "test_numpy_digits",
+)
 
 
 def pytest_collection_modifyitems(config, items):

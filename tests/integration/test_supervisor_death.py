@@ -39,7 +39,11 @@ def files_of(pid):
     if not alive(pid):
         # A zombie has none, and its folder is closed to ordinary users.
         return set()
-    held = {os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")}
+    held = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        # The process is at work, and may close it meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            held.add(os.readlink(f"/proc/{pid}/fd/{name}"))
     held |= {line.split(maxsplit=5)[5] for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/" in line}
     return {path for path in held if path.startswith(("/dev/shm/", "/var/tmp/", f"{tempfile.gettempdir()}/"))}
 
