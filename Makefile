@@ -47,7 +47,8 @@ demo: .venv/.demo  ## Run a federated session on this machine, with tasks that m
 	$(BIN)/scaleout-mp demo
 
 # Two at a time: most of them wait. Many measure time, so what failed beside others has to hold alone.
-test: .venv/.dev $(COMPAT)/.done $(COMPAT11)/.done  ## Run the tests
+test: .venv/.dev  ## Run the tests
+	@$(MAKE) --no-print-directory -j 2 $(COMPAT)/.done $(COMPAT11)/.done
 	$(BIN)/python -m pytest -n 2 --dist worksteal || \
 		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
