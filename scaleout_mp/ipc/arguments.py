@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from scaleout_mp.errors import ValueNotSendable
 from scaleout_mp.ipc import segments, values
-from scaleout_mp.ipc.callables import OutOfBand, one_line, pickles
+from scaleout_mp.ipc.callables import OutOfBand, one_line, pickler_class, pickles
 from scaleout_mp.ipc.channel import close_all
 from scaleout_mp.ipc.frames import MAX_DESCRIPTORS
 from scaleout_mp.ipc.lent import LEND_FROM, Borrowed, LentMemory
@@ -116,9 +116,8 @@ def pack_plain(args: Sequence[Any], *, lend: Callable[[int], LentMemory | None] 
 @functools.cache
 def _pickler_class() -> Any:
     """Return the class that takes models out of what it pickles. Made once: each call of a worker pickles."""
-    import cloudpickle
 
-    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
+    class Pickler(pickler_class()):  # type: ignore[misc]  # made when it is first used
         def __init__(self, models: list[ScaleoutModel], *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._found = models

@@ -7,13 +7,16 @@ is held nor once more for each process that gets them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import io
 import mmap
 import os
 import pickle
 import types
+from collections import ChainMap
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from scaleout_mp.errors import CallbackNotSendable
 from scaleout_mp.ipc import frames, segments
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Buffers below this many bytes are pickled in place.
 _OUT_OF_BAND: Final = 1 << 14
+#: What cloudpickle puts where the name of a code's file was.
+_NO_FILE: Final = "<dynamic-code>"
 
 
 class OutOfBand:
@@ -129,14 +134,13 @@ def _unpickle(parts: Sequence[memoryview]) -> Callable[..., Any]:
 
 def prepare(function: Callable[..., Any]) -> PreparedCallable:
     """Pickle a callable. Raises CallbackNotSendable, which names what inside it cannot be sent."""
-    import cloudpickle
-
     name = callable_name(function)
     if not callable(function):
         raise CallbackNotSendable(f"{name} is not callable", callback=name)
     buffers = OutOfBand()
+    file = io.BytesIO()
     try:
-        pickled = cloudpickle.dumps(function, protocol=5, buffer_callback=buffers.keep_in_place)
+        pickler_class()(file, protocol=5, buffer_callback=buffers.keep_in_place).dump(function)
     except Exception as error:
         # Past our own wrapper, to what the user knows.
         culprit = _find_culprit(getattr(function, "callback", function))
@@ -146,7 +150,30 @@ def prepare(function: Callable[..., Any]) -> PreparedCallable:
             callback=name,
             culprit=culprit,
         ) from error
-    return PreparedCallable.of(pickled, buffers.views, name=name)
+    return PreparedCallable.of(file.getvalue(), buffers.views, name=name)
+
+
+@functools.cache
+def pickler_class() -> Any:
+    """Return cloudpickle's pickler with code that keeps the name of its file.
+
+    cloudpickle 3.1.2 and later replace the name, to have equal pickles of equal functions; a traceback then has neither
+    the file nor the lines of who wrote the callback.
+    """
+    import cloudpickle
+
+    reduce_code = cloudpickle.Pickler.dispatch_table[types.CodeType]
+
+    def reduce_with_file(code: types.CodeType) -> Any:
+        make, arguments, *rest = reduce_code(code)
+        # A string of its own: whether the code's is shared depends on what else was compiled, and shows in the pickle.
+        file = "".join(code.co_filename)
+        return make, tuple(file if argument == _NO_FILE else argument for argument in arguments), *rest
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
+        dispatch_table: ClassVar = ChainMap({types.CodeType: reduce_with_file}, cloudpickle.Pickler.dispatch_table)
+
+    return Pickler
 
 
 def callable_name(function: Any) -> str:

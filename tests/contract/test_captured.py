@@ -73,3 +73,12 @@ def test_arrays_stay_out_of_the_pickle_which_is_made_with_the_interpreters_lock_
     assert pickled < 10_000
     assert buffers == [8 * MIB] * 4
     assert prepared == callables.prepare(function)
+
+
+def test_tracebacks_of_what_goes_by_value_have_its_file_and_its_lines(executor):
+    def divide(by: int) -> float:
+        return 1 / by
+
+    report = executor.submit(divide, 0).report(20)
+    assert f'File "{__file__}", line {divide.__code__.co_firstlineno + 1}, in divide' in report.traceback
+    assert "return 1 / by" in report.traceback
