@@ -12,7 +12,7 @@ from sklearn.neural_network import MLPClassifier
 def make_model():
     """Return a network that knows its shape and its classes, with random weights."""
     model = MLPClassifier(hidden_layer_sizes=(32,), learning_rate_init=0.01, batch_size=32, random_state=0)
-    return model.partial_fit(np.zeros((10, 64)), np.arange(10), classes=np.arange(10))
+    return model.partial_fit(np.zeros((32, 64)), np.arange(32) % 10, classes=np.arange(10))
 
 
 def get_weights(model):
