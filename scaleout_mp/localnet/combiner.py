@@ -14,7 +14,7 @@ import grpc.aio
 
 from scaleout_mp.errors import LocalNetworkError, ModelFormatError, ModelNotFoundError
 from scaleout_mp.localnet.combiner_calls import CombinerCalls
-from scaleout_mp.localnet.model_calls import ModelCalls, serialize_chunk
+from scaleout_mp.localnet.model_calls import ModelCalls, for_ever, serialize_chunk
 from scaleout_mp.wire import methods
 
 if TYPE_CHECKING:
@@ -225,6 +225,8 @@ class Combiner:
                 await asyncio.sleep(fault.delay)
             if fault.code is not None and not fault.after:
                 await context.abort(fault.code, fault.details)
+            if fault.hang is not None and method not in {methods.UPLOAD, methods.DOWNLOAD}:
+                await for_ever()
         return Call(context=context, client_id=client_id, name=str(metadata.get("name") or ""), fault=fault)
 
     async def _fail(self, method: Method, context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:

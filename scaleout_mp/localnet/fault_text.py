@@ -76,6 +76,7 @@ _READERS: Final[dict[str, Callable[[str], Any]]] = {
     "status": lambda text: int(_within(int(text), 400, 599)),
     "delay": _seconds,
     "truncate": lambda text: int(_within(int(text), 0, 1 << 62)),
+    "hang": lambda text: int(_within(int(text), 0, 1 << 62)),
     "corrupt": _flag,
     "omit_checksum": _flag,
     "refuse": _flag,

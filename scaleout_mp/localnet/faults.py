@@ -29,6 +29,8 @@ class Fault:
     corrupt: bool = False
     #: Download: send no checksum.
     omit_checksum: bool = False
+    #: Combiner: never answer, and go silent after this many bytes of an upload or download. None: answer.
+    hang: int | None = None
     #: Upload: answer FAILED.
     refuse: bool = False
     #: The call is handled, then fails with `code` or `status`: the answer got lost. REST: 504 without either of them.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+from typing import TYPE_CHECKING, NoReturn
 
 from scaleout_mp.errors import ModelFormatError
 from scaleout_mp.localnet.events import ModelDownloaded, ModelUploaded
@@ -40,6 +41,7 @@ class ModelCalls:
 
     async def upload(self, chunks: AsyncIterator[pb.FileChunk], call: Call) -> pb.ModelResponse:
         """Receive a model; the answer says FAILED, with the reason, when it is not kept."""
+        fault = call.fault or _NO_FAULT
         metadata = {str(key): str(value) for key, value in call.context.invocation_metadata() or ()}
         model_id = metadata.get("model-id", "")
         size = 0
@@ -48,8 +50,12 @@ class ModelCalls:
                 async for chunk in chunks:
                     await receiver.write(chunk.data)
                     size = receiver.size
-                if call.fault is not None and call.fault.refuse:
-                    raise ModelFormatError(call.fault.details)  # noqa: TRY301 - the same way out as a real refusal
+                    if fault.hang is not None and size >= fault.hang:
+                        await for_ever()
+                if fault.hang is not None:
+                    await for_ever()
+                if fault.refuse:
+                    raise ModelFormatError(fault.details)  # noqa: TRY301 - the same way out as a real refusal
                 await receiver.finish(metadata.get("checksum"))
         except ModelFormatError as error:
             return self._uploaded(call, model_id, size, accepted=False, message=str(error))
@@ -71,6 +77,8 @@ class ModelCalls:
         sent = 0
         async for chunk in models.chunks(request.model_id):
             data = bytes((chunk[0] ^ 1,)) + chunk[1:] if fault.corrupt and not sent else chunk
+            if fault.hang is not None and sent >= fault.hang:
+                await for_ever()
             if fault.truncate is not None:
                 data = data[: fault.truncate - sent]
             if not data:
@@ -78,3 +86,9 @@ class ModelCalls:
             yield data
             sent += len(data)
         self._parts.log.emit(ModelDownloaded(client_id=call.client_id, model_id=request.model_id, size=sent))
+
+
+async def for_ever() -> NoReturn:
+    """Wait until the call is cancelled: its client gave up, or the network ends."""
+    await asyncio.get_running_loop().create_future()
+    raise AssertionError("nobody sets what nobody else has")

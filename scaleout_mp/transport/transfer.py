@@ -18,6 +18,7 @@ from scaleout_mp.transport.aside import close_aside, closing_aside
 from scaleout_mp.transport.calls import may_pass
 from scaleout_mp.transport.channel import END
 from scaleout_mp.transport.first_status import FirstStatus
+from scaleout_mp.transport.patience import Patience, stalling
 from scaleout_mp.transport.progress import Progress
 from scaleout_mp.wire import edge_pb2 as pb
 from scaleout_mp.wire import methods
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from scaleout_mp.transport.calls import CombinerCalls
+    from scaleout_mp.transport.patience import Stall
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +39,6 @@ CHUNK: Final = 1 << 20
 _KEPT: Final = 8 << 20
 #: Bytes that are hashed and written in one go, off the loop.
 _BATCH: Final = 4 << 20
-#: Seconds without a byte after which a download is started anew.
-_STALL: Final = 60.0
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -74,9 +74,11 @@ class ModelTransfer:
         *,
         max_size: int = DEFAULT_MAX_SIZE,
         check: Callable[[ScaleoutModel, str], Awaitable[None]] | None = None,
+        patience: Patience | None = None,
     ) -> None:
         """Accept models of up to `max_size` bytes, for which `check(model, model_id)` raises nothing."""
         self._calls = calls
+        self._patience = patience or Patience()
         self._max_size = max_size
         self._check = check
         self._shared: dict[str, _SharedDownload] = {}
@@ -163,7 +165,7 @@ class ModelTransfer:
             stream = call(pb.ModelRequest(model_id=model_id), metadata=metadata)
             progress.again()
             try:
-                await _receive(stream, writer, progress)
+                await _receive(stream, writer, progress, self._patience)
                 return writer, _checksum(await stream.trailing_metadata())
             except BaseException:
                 close_aside(writer)
@@ -232,19 +234,10 @@ class ModelTransfer:
         async def attempt(metadata: Metadata) -> Any:
             with_id = (*metadata, ("model-id", model_id), ("checksum", checksum))
             progress.again()
-            under_way = call(_chunks(model.iter_chunks(CHUNK), progress), metadata=with_id)
-            status = FirstStatus(under_way)
-            try:
-                answer = await under_way
-            except grpc.aio.AioRpcError as error:
-                meant = status.instead_of(error)
-                if meant.code() is grpc.StatusCode.OK:
-                    raise _BrokenTransferError("it answered before it had all of the model") from error
-                raise meant from error
-            if answer is None:
-                # What gRPC makes of one that it cannot read.
-                raise _BrokenTransferError("its answer cannot be read")
-            return answer
+            patience = self._patience
+            async with stalling(methods.UPLOAD.name, patience.upload, "the server takes nothing") as stall:
+                under_way = call(_chunks(model, progress, stall, patience), metadata=with_id)
+                return await _answer(under_way)
 
         answer: pb.ModelResponse = await self._calls.authorized(methods.UPLOAD, attempt)
         self._calls.link.succeeded()
@@ -263,21 +256,13 @@ def _keep_pages() -> None:
     del block
 
 
-async def _receive(stream: Any, writer: MemoryWriter, progress: Progress) -> None:
+async def _receive(stream: Any, writer: MemoryWriter, progress: Progress, patience: Patience) -> None:
     """Write a stream's bytes to memory; hashing and copying happen off the loop, in batches."""
     batch: list[bytes] = []
     size = 0
     while True:
-        try:
-            async with asyncio.timeout(_STALL):
-                message = await stream.read()
-        except TimeoutError as error:
-            raise CallError(
-                f"Download: no byte came for {_STALL:.0f} s",
-                call="Download",
-                code="DEADLINE_EXCEEDED",
-                transient=True,
-            ) from error
+        async with stalling(methods.DOWNLOAD.name, patience.download, "no byte came"):
+            message = await stream.read()
         if message is None:
             raise _BrokenTransferError("a part of it cannot be read")
         done = message is END
@@ -323,10 +308,29 @@ def _checksum(trailing: Any) -> str | None:
     return None
 
 
-async def _chunks(views: Iterator[memoryview], progress: Progress) -> AsyncIterator[memoryview]:
-    for view in views:
+async def _chunks(
+    model: ScaleoutModel, progress: Progress, stall: Stall, patience: Patience
+) -> AsyncIterator[memoryview]:
+    for view in model.iter_chunks(CHUNK):
         yield view
         progress.add(len(view))
+        stall.moved(patience.upload, "the server takes nothing more")
+    stall.moved(patience.for_answer(model.size), "the server has all of the model and does not answer")
+
+
+async def _answer(upload: Any) -> Any:
+    status = FirstStatus(upload)
+    try:
+        answer = await upload
+    except grpc.aio.AioRpcError as error:
+        meant = status.instead_of(error)
+        if meant.code() is grpc.StatusCode.OK:
+            raise _BrokenTransferError("it answered before it had all of the model") from error
+        raise meant from error
+    if answer is None:
+        # What gRPC makes of one that it cannot read.
+        raise _BrokenTransferError("its answer cannot be read")
+    return answer
 
 
 def serialize_chunk(data: memoryview | bytes) -> bytes:

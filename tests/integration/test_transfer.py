@@ -38,7 +38,9 @@ from scaleout_mp.localnet.events import (
 from scaleout_mp.transport.backoff import Backoff
 from scaleout_mp.transport.calls import CombinerCalls
 from scaleout_mp.transport.channel import CallCredentials, open_channel
+from scaleout_mp.transport.patience import Patience
 from scaleout_mp.transport.transfer import ModelTransfer
+from scaleout_mp.wire import edge_pb2 as pb
 
 MIB = 1 << 20
 
@@ -211,6 +213,30 @@ def test_an_upload_that_the_server_ends_at_once_fails_with_what_the_server_said(
 
     with_transfer(net, act)
     assert net.faults.planned("Upload") == 0
+
+
+def test_a_transfer_that_gets_nowhere_is_begun_anew_and_holds_up_no_poll(net, caplog):
+    """The server stops to read in the middle, takes all and never answers, gives a part and no more."""
+    caplog.set_level(logging.DEBUG, "scaleout_mp.transport")
+    net.faults.add("Upload", Fault(hang=1))
+    net.faults.add("Upload", Fault(hang=1 << 40))
+
+    async def act(transfer):
+        with ScaleoutModel.from_training_model([np.zeros(6 * MIB, np.float32)], compression="stored") as model:
+            upload = asyncio.create_task(transfer.upload(model))
+            while not upload.done():
+                await transfer._calls.poll(pb.ClientReport(client_id="c"), within=1)
+                await asyncio.sleep(0.02)
+            await upload
+            net.faults.add("Download", Fault(hang=1))
+            (await transfer.download(model.model_id)).close()
+
+    with_transfer(net, act, patience=Patience(download=0.3, upload=0.6, answer=0.3, answer_per_gb=0))
+    for said in ("takes nothing more for 1 s", "does not answer for 0 s", "no byte came for 0 s"):
+        assert said in caplog.text
+    assert net.faults.planned("Upload") == net.faults.planned("Download") == 0
+    # What hung is one call of each try: nothing of it is taken for a model.
+    assert [event.accepted for event in net.events.of(ModelUploaded)] == [True]
 
 
 def test_a_download_that_the_server_fails_to_give_is_asked_for_again(net):

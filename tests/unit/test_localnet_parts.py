@@ -144,6 +144,7 @@ def test_standing_faults_hit_a_share_and_delays_add_up():
             "Send*:code=unavailable,share=0.2,after",
             FaultOrder(methods="Send*", fault=Fault(code=grpc.StatusCode.UNAVAILABLE, after=True), share=0.2),
         ),
+        ("Upload:hang=1000,times=1", FaultOrder(methods="Upload", fault=Fault(hang=1000), times=1)),
         ("auth/refresh:status=503, delay=0.5", FaultOrder(methods="auth/refresh", fault=Fault(status=503, delay=0.5))),
     ],
 )
