@@ -15,6 +15,7 @@ from scaleout_mp.supervisor.state import IN_MEMORY, KeptId
 from scaleout_mp.transport.calls import may_pass
 from scaleout_mp.transport.rest import Assignment
 from scaleout_mp.transport.signatures import TrustedSigners
+from scaleout_mp.transport.tokens import token_folder
 from scaleout_mp.wire import methods
 
 if TYPE_CHECKING:
@@ -76,6 +77,19 @@ def propose_kept_id(kept: KeptId | None, payload: dict[str, Any], url: str, *, r
         return None
     payload["client_id"] = kept.value or payload["client_id"]
     return kept
+
+
+def token_slot(slot: KeptId | None, payload: Mapping[str, Any], url: str, *, settings: Settings) -> KeptId | None:
+    """Return what tells an enrolled client that keeps no id from others with the same token.
+
+    `slot`: as an earlier try returned it. None when no tokens are kept, or none can be, which the cache says.
+    """
+    if slot is not None or not settings.persist_tokens:
+        return slot
+    try:
+        return KeptId.take(str(payload["name"]), url.rstrip("/"), root=str(token_folder(settings)))
+    except OSError:
+        return None
 
 
 def read_assignment(

@@ -17,6 +17,7 @@ from scaleout_mp.transport.diagnosis import tls_trouble
 from scaleout_mp.transport.link import LinkWatch
 from scaleout_mp.transport.rest import Assignment, AssignmentAnswer, request_assignment
 from scaleout_mp.transport.signatures import SignatureApi, SignatureCheck
+from scaleout_mp.transport.tokens import enrolls
 from scaleout_mp.transport.transfer import ModelTransfer
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class Connection:
         self._token = GivenToken(settings)
         self._api_url: str | None = None
         self._kept_id: KeptId | None = None
+        #: Of an enrolled client whose id is kept nowhere else.
+        self._slot: KeptId | None = None
         self._options: GrpcConnectionOptions | None = None
 
     @property
@@ -81,8 +84,14 @@ class Connection:
         payload = connecting.assignment_payload(client, json, self._settings)
         if not (client.client_id or (json or {}).get("client_id")):
             self._kept_id = connecting.propose_kept_id(self._kept_id, payload, url, root=self._state_dir)
+            if token and enrolls(token) and self._kept_id is None:
+                # The server gives the id, and tells clients by their tokens: no other may have those meanwhile.
+                self._slot = connecting.token_slot(self._slot, payload, url, settings=self._settings)
+        held = self._kept_id or self._slot
         try:
-            tokens = self._token.take(token, url, on_refresh, client=client, given=json)
+            tokens = self._token.take(
+                token, url, on_refresh, client=client, given=json, slot="" if held is None else held.slot
+            )
             answer = request_assignment(url, payload, settings=self._settings, tokens=tokens)
         except ConfigError as error:
             answer = AssignmentAnswer(outcome=Assignment.WRONG_URL, message=str(error))

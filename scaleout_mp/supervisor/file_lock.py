@@ -10,11 +10,17 @@ from typing import Final
 #: Locks of fcntl(2) hold between processes only; so what this process has locked is remembered here. But unlike those
 #: of flock(2) they do not pass to what the user's program forks, which may outlive a client that was killed.
 _held: Final[set[str]] = set()
-_changing: Final = threading.Lock()
+#: Reentrant: a lock is released by the end of its owner, which a collection of garbage may bring about anywhere.
+_changing: Final = threading.RLock()
 
 
 class FileLockedError(OSError):
     """Another owner has the file; its text is in the arguments."""
+
+    def __init__(self, text: str, *, here: bool) -> None:
+        super().__init__(text)
+        #: Whether it is one of this process.
+        self.here = here
 
 
 class FileLock:
@@ -25,7 +31,7 @@ class FileLock:
         self._path = os.path.realpath(path)
         with _changing:
             if self._path in _held:
-                raise FileLockedError(f"{os.getpid()}")
+                raise FileLockedError(f"{os.getpid()}", here=True)
             self._fd = _locked(self._path)
             _held.add(self._path)
 
@@ -55,7 +61,7 @@ def _locked(path: str) -> int:
     except (BlockingIOError, PermissionError) as error:
         owner = os.pread(fd, 4096, 0).decode("utf-8", "replace").strip()
         os.close(fd)
-        raise FileLockedError(owner) from error
+        raise FileLockedError(owner, here=False) from error
     except BaseException:
         os.close(fd)
         raise

@@ -44,11 +44,13 @@ class GivenToken:
         *,
         client: EdgeClient,
         given: Mapping[str, Any] | None = None,
+        slot: str = "",
     ) -> TokenSource | None:
         """Take what the user gave, or gave again, and return the source.
 
         `client` and `given` have the name and id for enrolling: what the user gave and no more, for a client without an
-        id gets one from the server. Raises ConfigError and AuthenticationError like `token_source`.
+        id gets one from the server; `slot` is what it has to itself meanwhile. Raises
+        ConfigError and AuthenticationError like `token_source`.
         """
         known = self._given
         where = endpoint(url, "") if url else None
@@ -60,6 +62,7 @@ class GivenToken:
                 settings=self._settings,
                 name=said.get("name") or client.name,
                 client_id=said.get("client_id") or client.client_id,
+                slot=slot,
             )
             self._given = _Given(token=token, where=where, source=source)
         if on_refresh is not None and self.source is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import itertools
 import logging
@@ -126,22 +127,41 @@ class KeptId:
     Several such clients of one name run beside each other, each with an id of its own.
     """
 
-    def __init__(self, lock: FileLock) -> None:
+    def __init__(self, lock: FileLock, slot: str) -> None:
         self._lock = lock
+        self._slot = slot
         # With the client that has it.
         weakref.finalize(self, lock.release)
 
     @classmethod
     def take(cls, name: str, network: str, *, root: str | None) -> KeptId:
         """Take the first id that no living client has, for as long as this object lives. Raises OSError."""
-        folder = os.path.join(_base(root), "ids", _folder_name(name, network))
+        base = _base(root)
+        folder = os.path.join(base, "ids", _folder_name(name, network))
         os.makedirs(folder, mode=0o700, exist_ok=True)
+        collected = False
         for number in itertools.count():
+            path, slot = os.path.join(folder, str(number)), os.path.join(base, str(number))
             try:
-                return cls(FileLock(os.path.join(folder, str(number))))
-            except FileLockedError:
-                continue
+                return cls(FileLock(path), slot)
+            except FileLockedError as error:
+                if collected or not error.here:
+                    continue
+            # Of a client of this process, which may be one that a notebook has replaced: client and runtime know each
+            # other, so its end is that of garbage.
+            gc.collect()
+            collected = True
+            with contextlib.suppress(FileLockedError):
+                return cls(FileLock(path), slot)
         raise AssertionError
+
+    @property
+    def slot(self) -> str:
+        """What no other living client of the same name has, and the next start has again.
+
+        Not the name, which is the machine's where none was given: that of a container changes.
+        """
+        return self._slot
 
     @property
     def value(self) -> str:

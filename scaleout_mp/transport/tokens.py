@@ -113,7 +113,7 @@ class RefreshedToken:
     ) -> None:
         """Start from what the user gave; `name` and `client_id` are for enrolling. `clock` is wall time."""
         self._given = given
-        self._enrolls = claims(given).get("role") == "enrollment"
+        self._enrolls = enrolls(given)
         self._who = name, client_id
         self._api = api
         self._cache = cache
@@ -218,6 +218,16 @@ class RefreshedToken:
             )
 
 
+def enrolls(token: str) -> bool:
+    """Whether it is a token for enrolling: what the server gives for it is one client's."""
+    return claims(token).get("role") == "enrollment"
+
+
+def token_folder(settings: Settings) -> Path:
+    """Return where tokens are kept."""
+    return Path(settings.token_cache_dir) if settings.token_cache_dir else state_folder() / "tokens"
+
+
 def token_source(
     token: str,
     api_url: str | None,
@@ -225,12 +235,13 @@ def token_source(
     settings: Settings,
     name: str | None = None,
     client_id: str | None = None,
+    slot: str = "",
     on_refresh: TokenCallback | None = None,
 ) -> TokenSource:
     """Return the source that fits the kind of token the user gave: API key, refresh token or enrollment token.
 
-    `name` and `client_id` are what the user gave, for enrolling. Raises ConfigError when `api_url` is no URL,
-    AuthenticationError when the token cannot be used here.
+    `name` and `client_id` are what the user gave, for enrolling; `slot` tells clients without an id apart.
+    Raises ConfigError when `api_url` is no URL, AuthenticationError when the token cannot be used here.
     """
     # Tokens come out of files and shells.
     token = token.strip()
@@ -244,8 +255,8 @@ def token_source(
     api = TokenApi(api_url, settings=settings)
     cache = None
     if settings.persist_tokens:
-        folder = Path(settings.token_cache_dir) if settings.token_cache_dir else state_folder() / "tokens"
+        folder = token_folder(settings)
         # Each client that enrolls with one token is a client of its own.
-        who = (client_id or "", name or "") if said.get("role") == "enrollment" else ()
+        who = (client_id or "", name or "", "" if client_id else slot) if enrolls(token) else ()
         cache = TokenCache(folder, api.address, token, *who)
     return RefreshedToken(token, api, cache=cache, name=name, client_id=client_id, on_refresh=on_refresh)

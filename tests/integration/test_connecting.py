@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import gc
 import logging
 import threading
 import time
@@ -104,6 +106,38 @@ def test_a_client_enrolls_rotates_and_comes_back_as_the_same_over_tls(secure_net
     assert enrolled.client_id == told[0]
     assert all(event.rotated for event in refreshes(net))
     assert net.events.of(TokenRefused) == []
+
+
+def test_clients_that_enroll_with_one_token_are_clients_of_their_own_and_stay_so(secure_net, authorities, tmp_path):
+    """The same name, no id: beside each other from one folder, from folders of their own, with none, and later."""
+    enrollment = secure_net.issue_token(TokenKind.ENROLLMENT)
+    tokens = str(tmp_path / "tokens")
+    folders = [tmp_path / "one", tmp_path / "one", tmp_path / "two", ":memory:", ":memory:"]
+
+    def connected(folder):
+        client = EdgeClient(
+            runtime=GrpcEdgeClientRuntime(settings=trusting(authorities, token_cache_dir=tokens), state_dir=folder)
+        )
+        client.set_name("edge")
+        result, _ = client.connect_to_api(secure_net.api_url, token=enrollment)
+        assert result is ConnectToApiResult.Assigned
+        return client
+
+    def all_at_once():
+        with concurrent.futures.ThreadPoolExecutor(len(folders)) as threads:
+            return list(threads.map(connected, folders))
+
+    clients = all_at_once()
+    ids = [client.client_id for client in clients]
+    assert len(set(ids)) == len(folders)
+    assert {event.client_id for event in secure_net.events.of(ClientEnrolled)} == set(ids)
+    # Each lets go of its own with its life.
+    del clients
+    gc.collect()
+    clients = all_at_once()
+    again = [client.client_id for client in clients]
+    assert [set(again[:2]), again[2], set(again[3:])] == [set(ids[:2]), ids[2], set(ids[3:])]
+    assert len(secure_net.events.of(ClientEnrolled)) == len(folders)
 
 
 def test_polls_stay_on_time_while_tokens_are_replaced(tmp_path, authorities):
