@@ -136,7 +136,7 @@ class ResidentExecution(Execution):
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not running.done():
             first.abort(AbortOrigin.CLIENT, "the task that it was started for is to end")
-            await asyncio.wait([running, self._hurry], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([running, self._stopping.hurried], return_when=asyncio.FIRST_COMPLETED)
             first.kill()
         await running
         report = (await first.outcome()).report
@@ -154,9 +154,9 @@ class ResidentExecution(Execution):
 
     def _adopt(self, resident: Resident) -> None:
         self._resident = resident
-        self._tag = resident.tag
-        self._lines, self._group, self._child = resident.lines, resident.group, resident.child
-        self._scratch = resident.scratch
+        self._process.tag = resident.tag
+        self._process.lines, self._process.group, self._process.child = resident.lines, resident.group, resident.child
+        self._process.scratch = resident.scratch
         self._clock = resident.clock
         self._cpu_before = resident.clock.seconds() or 0.0
         if resident.watches is not None:
@@ -166,15 +166,15 @@ class ResidentExecution(Execution):
     def _forget_process(self) -> None:
         assert self._resident is not None
         self._require_place().holding = self._resident.holding
-        self._resident = self._lines = self._group = self._child = self._clock = None
-        self._tag = tree.new_tag()
-        self._scratch = ""
+        self._resident = self._process.lines = self._process.group = self._process.child = self._clock = None
+        self._process.tag = tree.new_tag()
+        self._process.scratch = ""
         self._cpu_before = 0.0
         self._evidence.exited = self._evidence.launcher_problem = None
         self._evidence.killed_by_kernel = False
         self._evidence.strays_killed = 0
-        if self._watches is not None:
-            self._watches.close()
+        if self._process.watches is not None:
+            self._process.watches.close()
 
     def _start(self) -> None:
         resident, plan = self._resident, self._plan
@@ -184,12 +184,12 @@ class ResidentExecution(Execution):
         resident.lines.serve(on_frame=self._on_frame, on_closed=self._on_closed, output_size=plan.limits.output_size)
         send_callable(resident.lines.channel, resident.keys, plan.call)
         self._send_task(resident.lines)
-        self._watches = Watches(
+        self._process.watches = Watches(
             plan.limits,
-            tag=self._tag,
+            tag=self._process.tag,
             shared=self._handed_over(),
-            group=self._group,
-            scratch=self._scratch,
+            group=self._process.group,
+            scratch=self._process.scratch,
             on_breach=self._on_breach,
         )
 
@@ -239,8 +239,8 @@ class ResidentExecution(Execution):
     def _on_breach(self, cause: StopCause, *, graceful: bool) -> None:
         if self._resident is not None and not self._began and not graceful:
             # What the process has taken by now is the doing of what earlier tasks left: this one gets another.
-            self._kill_known()
-            tree.signal_process(self._resident.pid, self._tag, signal.SIGKILL)
+            self._stopping.kill_known()
+            tree.signal_process(self._resident.pid, self._process.tag, signal.SIGKILL)
             return
         super()._on_breach(cause, graceful=graceful)
 
@@ -260,8 +260,7 @@ class ResidentExecution(Execution):
     async def _until_gone(self, child: Child) -> bool:
         either: list[asyncio.Future[Any]] = [child.exited, self._said_end]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if self._stopping is not None:
-            await self._stopping
+        await self._stopping.over()
         await self._answer.checked()
         if self._clock is None:
             with contextlib.suppress(OSError):
@@ -285,7 +284,12 @@ class ResidentExecution(Execution):
     def _is_whole(self, child: Child) -> bool:
         """Whether the process may run another task."""
         seen = self._evidence
-        if child.exited.done() or not self._said_end.done() or self._lines is None or not self._lines.channel.open:
+        if (
+            child.exited.done()
+            or not self._said_end.done()
+            or self._process.lines is None
+            or not self._process.lines.channel.open
+        ):
             return False
         if self._clock is None:
             # This program has no descriptor left for it.
@@ -300,7 +304,7 @@ class ResidentExecution(Execution):
     def _keep(self, child: Child) -> None:
         if self._resident is not None:
             return
-        assert self._lines is not None
+        assert self._process.lines is not None
         assert self._clock is not None
         place = self._require_place()
         # None: the place was given up before the task was over, since everything ends.
@@ -310,10 +314,10 @@ class ResidentExecution(Execution):
             limits=self._plan.limits,
             resources=self._plan.resources,
             holding=holding,
-            tag=self._tag,
-            lines=self._lines,
-            group=self._group,
-            scratch=self._scratch,
+            tag=self._process.tag,
+            lines=self._process.lines,
+            group=self._process.group,
+            scratch=self._process.scratch,
             scratch_keeper=self._plan.scratch,
             child=child,
             clock=self._clock,
@@ -323,20 +327,20 @@ class ResidentExecution(Execution):
 
     async def _kill(self, child: Child) -> None:
         while not child.exited.done():
-            await ladder.sweep(self._tag)
+            await ladder.sweep(self._process.tag)
             await asyncio.wait([child.exited], timeout=0.02)
 
     async def _leave_process(self) -> None:
         if self._stays:
             return
-        if self._child is not None:
+        if self._process.child is not None:
             # It lives still if the task could not even be sent to it.
-            await self._kill(self._child)
+            await self._kill(self._process.child)
         if self._clock is not None:
             self._clock.close()
         await super()._leave_process()
 
     def _climb(self, abort_text: str, grace: float) -> None:
         # Without a process of its own yet, the task waits for the worker's first call, which is aborted instead.
-        if self._child is not None:
+        if self._process.child is not None:
             super()._climb(abort_text, grace)

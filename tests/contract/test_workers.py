@@ -219,7 +219,7 @@ def test_a_task_does_not_answer_for_what_earlier_ones_left_that_grows(executor, 
 
 def stopped(executor):
     """Return the tasks that run in a process."""
-    return [execution for execution in executor._core._running if execution._tree is not None]
+    return [execution for execution in executor._core._running if execution._process.tree is not None]
 
 
 def test_a_violation_ends_the_worker(worker):

@@ -85,7 +85,7 @@ def test_two_hundred_tasks_that_sleep():
                 next(task.records())
             gc.collect()
             each = (own_memory("self", "Private_") - before) / SLEEPERS
-            pids = [task._execution._watches.tree.pid for task in tasks]
+            pids = [task._execution._process.tree.pid for task in tasks]
             # What a fork shares with its template is nobody's alone.
             private = [own_memory(pid, "Private_") for pid in pids]
             # All of them, and another one, in the supervisor's rhythm.
