@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _KINDS: Final = (".scm", ".npz", ".json")
+#: Items of the largest array that is shown.
+_LISTED: Final = 16
+#: What there is to be shown beside a model that was returned alone.
+_NOTHING: Final = object()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,13 +50,14 @@ def check_output(path: Path) -> None:
 def keep_result(value: Any, path: Path | None) -> Kept:
     """Write a result to `path`, if there is one, and return what is to be shown of it."""
     model, arrays, rest = _split(value)
-    shown = _plain(rest)
+    shown = None if rest is _NOTHING else _plain(rest)
     try:
         if path is None:
             return Kept(shown=shown)
         if path.suffix == ".json":
-            _replace(path, lambda file: file.write(json.dumps(shown, indent=2).encode() + b"\n"))
-        elif not _write(path, model, arrays):
+            problem = _write_json(path, rest if arrays is None else value)
+            return Kept(shown=shown, path=None if problem else str(path), problem=problem)
+        if not _write(path, model, arrays):
             kind = type(value).__name__
             return Kept(shown=shown, problem=f"{path} takes a model or arrays; the function returned a {kind}")
         return Kept(shown=shown, path=str(path))
@@ -66,7 +71,7 @@ def keep_result(value: Any, path: Path | None) -> Kept:
 def _split(value: Any) -> tuple[ScaleoutModel | None, Mapping[str, np.ndarray[Any, Any]] | None, Any]:
     """Return model, arrays and what remains to be shown."""
     if isinstance(value, ScaleoutModel):
-        return value, None, None
+        return value, None, _NOTHING
     if isinstance(value, tuple | list) and value and isinstance(value[0], ScaleoutModel):
         rest = value[1:]
         return value[0], None, rest[0] if len(rest) == 1 else list(rest)
@@ -81,6 +86,15 @@ def _arrays(value: Any) -> Mapping[str, np.ndarray[Any, Any]] | None:
         return {f"arr_{index}": item for index, item in enumerate(value)}
     if isinstance(value, dict) and value and all(isinstance(item, np.ndarray) for item in value.values()):
         return {str(key): item for key, item in value.items()}
+    return None
+
+
+def _write_json(path: Path, value: Any) -> str | None:
+    """Write a value with all of its arrays; say why it is not written."""
+    if value is _NOTHING:
+        return f"{path} takes what JSON has; the function returned a model"
+    text = json.dumps(_plain(value, listed=None), indent=2)
+    _replace(path, lambda file: file.write(text.encode() + b"\n"))
     return None
 
 
@@ -126,16 +140,20 @@ def _replace(path: Path, write: Callable[[Any], object]) -> None:
         raise
 
 
-def _plain(value: Any) -> Any:
-    """Return a value as JSON has it; what JSON lacks becomes null, or a text that says what it was."""
+def _plain(value: Any, *, listed: int | None = _LISTED) -> Any:
+    """Return a value as JSON has it; what JSON lacks becomes null, or a text that says what it was.
+
+    So do arrays of more than `listed` items; None: of no size.
+    """
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, listed=listed) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, listed=listed) for item in value]
     if isinstance(value, np.ndarray):
-        return _plain(value.tolist()) if value.size <= 16 else f"<array {value.dtype} {value.shape}>"
+        fits = listed is None or value.size <= listed
+        return _plain(value.tolist(), listed=listed) if fits else f"<array {value.dtype} {value.shape}>"
     return f"<{type(value).__name__}>" if not isinstance(value, bytes) else f"<{len(value)} bytes>"

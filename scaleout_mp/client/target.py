@@ -91,7 +91,8 @@ def _call(function: Callable[..., Any], name: str, model: ScaleoutModel | None, 
         return function(*arguments, settings)
     given = ["a model"] if model is not None else []
     given += [f"the settings {', '.join(settings)}"] if settings else []
-    raise TargetError(f"{name}{signature} cannot be called with {' and '.join(given) or 'no settings'}")
+    without = "; it was given no model" if model is None else ""
+    raise TargetError(f"{name}{signature} cannot be called with {' and '.join(given) or 'no settings'}{without}")
 
 
 def _takes_dict(signature: inspect.Signature, position: int) -> bool:

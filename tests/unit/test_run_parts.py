@@ -178,7 +178,8 @@ def test_models_and_arrays_go_to_files(tmp_path, value, shown, suffix):
 def test_the_rest_goes_to_json_with_what_json_lacks_said(tmp_path):
     value = {"a": (1, float("nan")), "few": np.arange(2), "many": np.zeros((50, 2)), 3: b"xyz", "o": object()}
     kept = keep_result(value, tmp_path / "out.json")
-    assert json.loads((tmp_path / "out.json").read_text()) == kept.shown
+    # What is shown is short; the file has all of it.
+    assert json.loads((tmp_path / "out.json").read_text()) == {**kept.shown, "many": [[0, 0]] * 50}
     assert kept.shown == {
         "a": [1, None],
         "few": [0, 1],
@@ -186,6 +187,18 @@ def test_the_rest_goes_to_json_with_what_json_lacks_said(tmp_path):
         "3": "<3 bytes>",
         "o": "<object>",
     }
+
+
+def test_arrays_are_lists_in_json_and_a_model_is_refused_there(tmp_path):
+    kept = keep_result(np.arange(40.0), tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text()) == list(range(40))
+    assert kept.path == str(tmp_path / "out.json")
+    kept = keep_result(ScaleoutModel.from_training_model([np.ones(2)]), tmp_path / "model.json")
+    assert (kept.path, kept.shown) == (None, None)
+    assert "takes what JSON has; the function returned a model" in kept.problem
+    kept = keep_result((ScaleoutModel.from_training_model([np.ones(2)]), {"loss": 1}), tmp_path / "rest.json")
+    assert json.loads((tmp_path / "rest.json").read_text()) == {"loss": 1}
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out.json", "rest.json"]
 
 
 @pytest.mark.parametrize("suffix", [".scm", ".npz"])
