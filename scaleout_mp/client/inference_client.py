@@ -54,8 +54,9 @@ class InferenceClient:
     def run_inference(self, model: ScaleoutModel | str, params: Any = None) -> Any:
         """Return what the inference callback returns for a model, or the one of that id, which is staged if need be.
 
-        Arrays in `params` and in the result are not pickled. Blocks. Raises a ScaleoutError: TaskError, with the
-        report, when the callback did not complete.
+        Arrays in `params` and in the result are not pickled. A `bytearray` or `memoryview` in `params` arrives as
+        `bytes`; a `bytearray` as itself where something beside it has to be pickled. Blocks. Raises a ScaleoutError:
+        TaskError, with the report, when the callback did not complete.
         """
         if not self._in_task():
             return self._inference_call("run_inference")(model, params)

@@ -14,6 +14,7 @@ import weakref
 from typing import Final
 
 import scaleout_mp
+from scaleout_mp.package.locks import lock
 
 #: Copies that stay although nobody uses them: each state of the package has one, and with an editable installation
 #: each change makes a state.
@@ -99,16 +100,4 @@ def _last_use(root: str) -> float:
 
 def _lock(root: str, kind: int) -> int:
     """Return a descriptor with the lock on a copy. Raises BlockingIOError, when it is not to wait, and OSError."""
-    path = _lock_file(root)
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, kind)
-            # Who removed the copy removed the file as well, while this one waited for it.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                    return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+    return lock(_lock_file(root), kind)

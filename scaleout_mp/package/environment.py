@@ -25,7 +25,9 @@ from scaleout_mp.errors import PackageError
 from scaleout_mp.executor import Environment
 from scaleout_mp.package.copies import PackageCopies
 from scaleout_mp.package.installing import LOOK_EVERY, Installer, find_installer
+from scaleout_mp.package.locks import lock
 from scaleout_mp.package.manifest import read_yaml
+from scaleout_mp.package.uses import EnvironmentUses, lock_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -141,11 +143,16 @@ def default_cache() -> str:
 
 
 class Environments:
-    """Environments in a folder that all clients of a user share. Its methods block."""
+    """Environments in a folder that all clients of a user share. Its methods block.
+
+    Those that it has given are in use as long as it lives; those that nobody has used for 30 days are removed.
+    """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self._folder = os.path.abspath(default_cache() if folder is None else folder)
+        self._environments = os.path.join(self._folder, "environments")
         self._copies = PackageCopies(os.path.join(self._folder, "package"))
+        self._uses = EnvironmentUses(self._environments)
         self._closed = False
 
     def get(self, wanted: PythonEnv, *, beside: str) -> Environment:
@@ -162,7 +169,7 @@ class Environments:
     def get_program(self, wanted: PythonEnv, *, modules: Sequence[str], on_build: Callable[[], None]) -> str:
         """Return the interpreter of an environment in which these modules can be imported; else like `get`.
 
-        `on_build` is called before one is built.
+        `on_build` is called before one is built. It counts as used now, for who replaces this program by that one.
         """
         os.makedirs(self._folder, mode=0o700, exist_ok=True)
         # A person waits: that they were imported once is enough, as long as they are there.
@@ -183,22 +190,23 @@ class Environments:
         """Return an interpreter that runs `check`, and each later time `again`, without an error."""
         self._closed = False
         key = wanted.key(beside)
-        path = os.path.join(self._folder, "environments", key)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        path = os.path.join(self._environments, key)
+        os.makedirs(self._environments, exist_ok=True)
         executable = os.path.join(path, "bin", "python")
-        with self._locked(f"{path}.lock") as lock:
-            if _is_marked(path, key, wanted) and self._problem(executable, again or check, root) is None:
-                return executable
-            if on_build is not None:
-                on_build()
-            try:
-                self._build(path, wanted, beside, lock)
-                self._require_working(executable, check, root)
-            except BaseException:
-                # Half of one may be large, and is of no use.
-                shutil.rmtree(path, ignore_errors=True)
-                raise
-            _mark(path, key, wanted)
+        with self._locked(lock_file(path)) as descriptor:
+            if not _is_marked(path, key, wanted) or self._problem(executable, again or check, root) is not None:
+                if on_build is not None:
+                    on_build()
+                try:
+                    self._build(path, wanted, beside, descriptor)
+                    self._require_working(executable, check, root)
+                except BaseException:
+                    # Half of one may be large, and is of no use.
+                    shutil.rmtree(path, ignore_errors=True)
+                    raise
+                _mark(path, key, wanted)
+            self._uses.hold(path)
+        self._uses.prune()
         return executable
 
     def close(self) -> None:
@@ -212,17 +220,19 @@ class Environments:
     @contextlib.contextmanager
     def _locked(self, path: str) -> Iterator[int]:
         """Have the others wait that want to build the same, while the descriptor or a copy of it is open."""
-        with open(path, "w", encoding="ascii") as file:
-            while True:
-                self._require_wanted()
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    # A wait for the lock itself could not be broken off.
-                    time.sleep(LOOK_EVERY)
-                else:
-                    break
-            yield file.fileno()
+        while True:
+            self._require_wanted()
+            try:
+                descriptor = lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                # A wait for the lock itself could not be broken off.
+                time.sleep(LOOK_EVERY)
+            else:
+                break
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def _build(self, path: str, wanted: PythonEnv, beside: str, lock: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
