@@ -46,9 +46,13 @@ $(COMPAT11)/.done: | .venv/bin/python
 demo: .venv/.demo  ## Run a federated session on this machine, with tasks that misbehave
 	$(BIN)/scaleout-mp demo
 
+# The tests start hundreds of interpreters: none of them shall have to compile this package, whatever the environment says.
+test test-all faults chaos: export PYTHONDONTWRITEBYTECODE :=
+
 # Two at a time: most of them wait. Many measure time, so what failed beside others has to hold alone.
 test: .venv/.dev  ## Run the tests
 	@$(MAKE) --no-print-directory -j 2 $(COMPAT)/.done $(COMPAT11)/.done
+	@$(BIN)/python -m compileall -q -j 0 scaleout_mp
 	$(BIN)/python -m pytest -n 2 --dist worksteal || \
 		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 
@@ -9,10 +10,15 @@ import pytest
 from observing import children
 
 
+_NUMBERS = itertools.count()
+
+
 @pytest.fixture(autouse=True)
 def state_of_its_own(tmp_path_factory, monkeypatch):
     """Keep what clients keep out of the user's home, and out of other tests."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+    # With a number of our own: pytest finds one by reading the folder, in which each test has one.
+    folder = tmp_path_factory.mktemp(f"state-{next(_NUMBERS)}", numbered=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder))
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,11 @@ def is_spare(process: psutil.Process) -> bool:
 
 def children() -> dict[int, str]:
     """Return the descendants of the test process, by pid, without the spares of templates."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        # Who has no child, dead or alive, has no descendants. Most tests have none, and to search /proc takes long.
+        return {}
     found = {}
     for child in psutil.Process().children(recursive=True):
         try:

@@ -84,8 +84,9 @@ class Installation:
         self._copy_checkout()
 
     def _copy_checkout(self) -> None:
+        # With what is compiled of it: this user could not keep it, and each process would compile all anew.
         for folder in ("scaleout_mp", "tests/integration/faults"):
-            _copy_tree(CHECKOUT / folder, self.checkout / folder, "__pycache__")
+            _copy_tree(CHECKOUT / folder, self.checkout / folder)
         for pattern in ("pyproject.toml", "tests/*.py"):
             for file in CHECKOUT.glob(pattern):
                 _copy_file(file, self.checkout / file.relative_to(CHECKOUT))
