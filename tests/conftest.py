@@ -9,7 +9,6 @@ import time
 import pytest
 from observing import children
 
-
 _NUMBERS = itertools.count()
 
 

@@ -19,9 +19,22 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def targets(page: Path) -> list[str]:
+    return re.findall(r"\]\(([^)]+)\)", page.read_text())
+
+
+def named_files(page: Path) -> list[str]:
+    return re.findall(r"`((?:[a-z_]+/)+[a-z_0-9]+\.py)`", page.read_text())
+
+
+def test_what_is_looked_for_is_found():
+    assert sum(map(len, map(targets, PAGES))) > 30
+    assert len(named_files(ROOT / "docs" / "design.md")) > 100
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+    for target in targets(page):
         if target.startswith("http"):
             continue
         path, _, anchor = target.partition("#")
@@ -33,7 +46,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_are_named_exist(page):
-    for name in re.findall(r"`((?:[a-z_]+/)+[a-z_0-9]+\.py)`", page.read_text()):
+    for name in named_files(page):
         assert (ROOT / "scaleout_mp" / name).exists() or (ROOT / name).exists(), f"{page.name} names {name}"
 
 
@@ -46,7 +59,9 @@ def test_the_layers_in_the_docs_are_those_that_are_checked():
 
 def test_make_targets_in_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make ([a-z-]+)", (ROOT / "README.md").read_text()):
+    named = re.findall(r"make ([a-z-]+)", (ROOT / "README.md").read_text())
+    assert {"demo", "test"} <= set(named)
+    for target in named:
         assert re.search(rf"^{target}:.*## ", makefile, flags=re.MULTILINE), f"make {target}"
 
 

@@ -14,12 +14,19 @@ from scaleout_mp.errors import ChannelError, ProtocolViolation
 from scaleout_mp.ipc import frames, messages, values
 from scaleout_mp.ipc.channel import ChildChannel, channel_pair
 from scaleout_mp.ipc.frames import Frame, FrameDecoder, Kind
+from scaleout_mp.task import Record
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | st.text() | st.binary(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4) | st.tuples(inner, inner),
     max_leaves=20,
 )
+
+
+def require_sendable(value):
+    """Require that what was taken for a value is one."""
+    with values.encode(value) as encoded:
+        assert encoded.table
 
 
 def simplified(value):
@@ -64,9 +71,10 @@ def test_a_frame_over_the_bound_is_refused_on_both_sides():
 @given(st.sampled_from(sorted(messages.RECORD_KINDS)), st.lists(plain, max_size=5))
 def test_any_fields_are_a_record_or_a_violation(kind, fields):
     try:
-        messages.parse_record(Frame(kind, fields, []))
+        record = messages.parse_record(Frame(kind, fields, []))
     except ProtocolViolation:
         return
+    assert isinstance(record, Record)
 
 
 @given(plain)
@@ -80,17 +88,19 @@ def test_returned_values_come_back_equal(value):
 @given(plain)
 def test_arbitrary_tables_are_values_or_a_violation(table):
     try:
-        values.decode(simplified(table), [], max_model_size=1 << 20)
+        value = values.decode(simplified(table), [], max_model_size=1 << 20)
     except ProtocolViolation:
         return
+    require_sendable(value)
 
 
 @given(st.binary(max_size=300))
 def test_arbitrary_trees_are_values_or_a_violation(tree):
     try:
-        values.decode([False, [tree, b"12345678"]], [], max_model_size=1 << 20)
+        value = values.decode([False, [tree, b"12345678"]], [], max_model_size=1 << 20)
     except ProtocolViolation:
         return
+    require_sendable(value)
 
 
 def pair():

@@ -42,6 +42,13 @@ def outcome(data: bytes):
         return None
 
 
+def test_what_is_not_damaged_is_read():
+    for data in VALID.values():
+        metadata, arrays = outcome(data)
+        assert metadata["k"] == "v"
+        assert arrays == [list(range(50)), [[1.0] * 3] * 3]
+
+
 fuzz = settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 
 
