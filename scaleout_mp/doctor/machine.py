@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.config.machine import usable_cores, usable_memory
 from scaleout_mp.sandbox import landlock, namespaces, probe, process, seccomp, tree
-from scaleout_mp.sandbox.cgroup import MemoryGroups
+from scaleout_mp.sandbox.cgroup import MemoryGroups, find_tree_group
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,17 +123,22 @@ def _namespaces() -> list[Offer]:
 
 
 def _groups() -> list[Offer]:
+    groups = None
     try:
         groups = MemoryGroups.find()
+        memory = Offer(key="memory_cgroup", name="memory cgroup", value=f"version {groups.version}", good=True)
     except OSError as error:
-        return [Offer(key="memory_cgroup", name="memory cgroup", value=f"no: {error.strerror}", good=False)]
-    can_kill = os.path.exists(f"{groups.base}/cgroup.kill")
-    groups.close()
-    kill = "yes" if can_kill else "no: the mark of its tree finds what to kill"
-    return [
-        Offer(key="memory_cgroup", name="memory cgroup", value=f"version {groups.version}", good=True),
-        Offer(key="cgroup_kill", name="cgroup.kill", value=kill),
-    ]
+        memory = Offer(key="memory_cgroup", name="memory cgroup", value=f"no: {error.strerror}", good=False)
+    try:
+        tree_group = find_tree_group(groups)
+        still = "yes"
+        if groups is None or groups.base != tree_group.folder:
+            tree_group.remove()
+    except OSError as error:
+        still = f"no, the mark of a tree finds what to kill: {error.strerror}"
+    if groups is not None:
+        groups.close()
+    return [memory, Offer(key="tree_cgroup", name="cgroup of task trees", value=still)]
 
 
 def _bounds() -> list[Offer]:

@@ -26,7 +26,7 @@ from scaleout_mp.executor.template import StartMethod, TemplateLauncher, Templat
 from scaleout_mp.ipc import arguments, callables
 from scaleout_mp.ipc.callables import PreparedCallable
 from scaleout_mp.sandbox import environment
-from scaleout_mp.sandbox.cgroup import MemoryGroups, remove_left_over
+from scaleout_mp.sandbox.cgroup import MemoryGroups, find_tree_group, remove_left_over
 from scaleout_mp.sandbox.confinement import TEMP_VARIABLES
 from scaleout_mp.sandbox.shield import Shield
 from scaleout_mp.task import AbortOrigin, Record, TaskState
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from scaleout_mp.executor.launcher import Launcher
     from scaleout_mp.executor.residents import WorkerSpec
     from scaleout_mp.ipc.arguments import PackedArguments
+    from scaleout_mp.sandbox.tree_group import TreeGroup
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,7 @@ class ExecutorCore:
         self._states = StateStore(parse_state_bytes(state_bytes))
         self._running: dict[Execution, asyncio.Task[None]] = {}
         self._groups: MemoryGroups | None = None
+        self._tree_group: TreeGroup | None = None
         self._closing = False
 
     async def start(self) -> None:
@@ -148,6 +150,11 @@ class ExecutorCore:
             remove_left_over(self._groups.base)
         except OSError as error:
             logger.debug("memory limits are kept by the watchdog: %s", error, extra={"action": "no_memory_cgroup"})
+        try:
+            self._tree_group = find_tree_group(self._groups)
+            remove_left_over(self._tree_group.folder)
+        except OSError as error:
+            logger.debug("no tree of processes is held still: %s", error, extra={"action": "no_tree_group"})
 
     def _template_place(self) -> TemplatePlace:
         around, base = self._surroundings, self._scratch.folders.path
@@ -158,6 +165,7 @@ class ExecutorCore:
             environment={**passed, **around.environment, **own_folder},
             scratch=base,
             shared=() if self._groups is None else (self._groups.base,),
+            group=self._tree_group,
             start_folder=None if start == base else start,
         )
 
@@ -377,6 +385,12 @@ class ExecutorCore:
         self._relay.close()
 
     async def _let_go(self, *, at_once: bool = False) -> None:
+        tree_group, self._tree_group = self._tree_group, None
+        if tree_group is not None:
+            try:
+                tree_group.remove()
+            except OSError as error:
+                logger.warning("cannot remove %s: %s", tree_group.folder, error, extra={"action": "cgroup_left"})
         groups, self._groups = self._groups, None
         if groups is not None:
             groups.close()

@@ -180,7 +180,7 @@ class Execution:
             # A mistake of this package: whoever waits for the task must hear of it, and the task must not go on.
             logger.exception("a task could not be run", extra={"action": "task_not_run", "task_id": self.task_id})
             self._evidence.launcher_problem = f"cannot run a task: {type(error).__name__}: {error}"
-            await ladder.sweep(self._process.tag)
+            await ladder.sweep(self._process.tag, self._process.tree_group)
         finally:
             try:
                 await self._tidy_up()
@@ -302,7 +302,7 @@ class Execution:
             self._stopping.kill_group_later()
             exited = self._evidence.exited
             cleared = None if exited is None else exited.cleared
-            self._evidence.strays_killed = await ladder.clear(self._process.tag, cleared)
+            self._evidence.strays_killed = await ladder.clear(self._process.tag, child.tree_group, cleared)
         # What was in the socket before the end counts, however the end came.
         lines.channel.drain()
         await self._answer.checked()

@@ -15,10 +15,14 @@ from scaleout_mp.task import StopStage
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from scaleout_mp.sandbox.tree_group import TreeGroup
+
 #: Seconds in which a launcher that can tell will have told that nobody is left, unless something keeps it busy.
 _TOLD_WITHIN: Final = 1.0
 #: Seconds that the processes that are known have for themselves before all others are searched.
 _SEARCH_AFTER: Final = 0.005
+#: Seconds that a launcher needs to tell it.
+_TELLING: Final = 0.03
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +30,7 @@ logger = logging.getLogger(__name__)
 async def climb(
     *,
     tag: int,
+    group: TreeGroup | None,
     grace: float,
     ask: Callable[[], None],
     not_heeded: Callable[[], Awaitable[None]],
@@ -50,7 +55,7 @@ async def climb(
         if not hurry.done():
             await not_heeded()
             on_stage(StopStage.SIGTERM)
-            await beside(functools.partial(tree.signal_tagged, tag, SIGTERM))
+            await beside(functools.partial(tree.signal_tagged, tag, SIGTERM, group))
             if await _done_by(gone, hurry, deadline):
                 return
     on_stage(StopStage.SIGKILL)
@@ -58,29 +63,35 @@ async def climb(
     # They need the processors to give back what they have in memory: a search beside it would prolong that.
     await asyncio.wait([gone], timeout=_SEARCH_AFTER)
     while not gone.done():
-        await sweep(tag)
+        await sweep(tag, group)
         # It may have put on its tag only now: a sweep before that did not see it.
         await asyncio.wait([gone], timeout=0.02)
 
 
-async def sweep(tag: int) -> int:
-    """Kill every process that wears the tag; return how many there were. Goes on until none is left."""
+async def sweep(tag: int, group: TreeGroup | None) -> int:
+    """Kill every process that wears the tag; return how many there were. Goes on until none is left.
+
+    `group` holds them all, where there is one.
+    """
     killed = 0
     while True:
         try:
-            return killed + await beside(functools.partial(tree.kill_tagged, tag))
+            return killed + await beside(functools.partial(tree.kill_tagged, tag, group=group))
         except TimeoutError as error:
             # Uninterruptible in the kernel, most likely on a dead network file system: nothing else can be done.
             logger.error("task tree survives SIGKILL: %s", error, extra={"action": "tree_survives"})  # noqa: TRY400
 
 
-async def clear(tag: int, cleared: asyncio.Future[int] | None) -> int:
+async def clear(tag: int, group: TreeGroup | None, cleared: asyncio.Future[int] | None) -> int:
     """Kill all that a process left behind which is gone; return how many there were.
 
     `cleared` is what its launcher knows: a search can miss who forks and leaves again and again, faster than it looks.
     """
-    killed = await sweep(tag)
+    killed = await sweep(tag, group)
     if cleared is not None:
+        await asyncio.wait([cleared], timeout=_TELLING)
+        if group is not None and not cleared.done():
+            killed += len(await beside(functools.partial(tree.kill_held, tag, group, gentle=True)))
         await asyncio.wait([cleared], timeout=_TOLD_WITHIN)
         if cleared.done():
             killed = max(killed, cleared.result())

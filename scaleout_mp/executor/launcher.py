@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from scaleout_mp.executor.lookout import LookoutLine
     from scaleout_mp.ipc.callables import PreparedCallable
     from scaleout_mp.sandbox.confinement import Confinement
+    from scaleout_mp.sandbox.tree_group import TreeGroup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,8 @@ class Child:
     exited: asyncio.Future[Exited]
     #: Watches its memory when it is near its limit, where the launcher has somebody for that.
     lookout: LookoutLine | None = None
+    #: Holds it with all that is below it, and others, where there is such a group.
+    tree_group: TreeGroup | None = None
 
 
 class Launcher(Protocol):

@@ -327,7 +327,7 @@ class ResidentExecution(Execution):
 
     async def _kill(self, child: Child) -> None:
         while not child.exited.done():
-            await ladder.sweep(self._process.tag)
+            await ladder.sweep(self._process.tag, child.tree_group)
             await asyncio.wait([child.exited], timeout=0.02)
 
     async def _leave_process(self) -> None:

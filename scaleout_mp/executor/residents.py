@@ -285,13 +285,13 @@ async def end_process(resident: Resident, *, grace: float) -> None:
     resident.lines.channel.close()
     await asyncio.wait([exited], timeout=grace)
     while not exited.done():
-        await ladder.sweep(resident.tag)
+        await ladder.sweep(resident.tag, resident.child.tree_group)
         await asyncio.wait([exited], timeout=0.02)
     strays, cleared = True, None
     with contextlib.suppress(LauncherError):
         strays, cleared = exited.result().strays, exited.result().cleared
     if strays:
-        await ladder.clear(resident.tag, cleared)
+        await ladder.clear(resident.tag, resident.child.tree_group, cleared)
     resident.lines.close()
     resident.clock.close()
     if resident.group is not None:

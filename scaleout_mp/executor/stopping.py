@@ -83,7 +83,7 @@ class Stopping:
         if watched is not None:
             # All at once: what they share is freed when the last of them goes, and each takes its time to go.
             below = memory.descendants(watched.pid, most=_MANY)
-            for pid in dict.fromkeys([*below, *watched.pids]):
+            for pid in dict.fromkeys([*below, *watched.pids[:_MANY]]):
                 if not tree.is_tracker(pid):
                     tree.signal_process(pid, tag, signal.SIGKILL)
 
@@ -108,6 +108,7 @@ class Stopping:
             await self._take_stacks(None, forcibly=grace == 0)
         await ladder.climb(
             tag=self._process.tag,
+            group=child.tree_group,
             grace=grace,
             ask=lambda: lines.channel.send(frames.encode(Kind.ABORT, abort_text, task_id)),
             not_heeded=lambda: self._take_stacks(self._loop.time() + grace / 4),

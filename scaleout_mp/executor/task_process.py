@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from scaleout_mp.executor.watchdog import TreeWatch
     from scaleout_mp.executor.watches import Watches
     from scaleout_mp.sandbox.cgroup import MemoryGroup
+    from scaleout_mp.sandbox.tree_group import TreeGroup
 
 
 @dataclasses.dataclass(slots=True)
@@ -32,6 +33,11 @@ class TaskProcess:
     def tree(self) -> TreeWatch | None:
         """The watch over its tree; None before it runs."""
         return None if self.watches is None else self.watches.tree
+
+    @property
+    def tree_group(self) -> TreeGroup | None:
+        """What its child is in; None before it is ordered, and where there is no such group."""
+        return None if self.child is None else self.child.tree_group
 
     def forget(self) -> None:
         """Let go of what refers to the task: no cycle may keep its memory until a collection."""

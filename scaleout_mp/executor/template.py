@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -26,6 +27,7 @@ from scaleout_mp.ipc.channel import channel_pair, close_all
 from scaleout_mp.ipc.frames import MAX_LOADED, Frame, Kind
 from scaleout_mp.ipc.loop_channel import SupervisorChannel
 from scaleout_mp.sandbox.layers import Rules
+from scaleout_mp.sandbox.tree_group import TreeGroup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -49,6 +51,8 @@ class TemplatePlace:
     scratch: str
     #: Other folders in which each task has something of its own.
     shared: tuple[str, ...] = ()
+    #: Around the groups of all templates, where there is one.
+    group: TreeGroup | None = None
     #: Where all tasks start; "" for where the template stands, None for each in its own folder.
     start_folder: str | None = None
 
@@ -66,6 +70,9 @@ class _Life:
     children: dict[str, Child]
     #: Tasks whose first process is gone, but perhaps not the rest -> done when it is.
     leaving: dict[str, asyncio.Future[int]]
+    #: What it is to join, and the one around that; None: there is none, or it could not.
+    group: TreeGroup | None = None
+    groups: TreeGroup | None = None
     #: What its tasks have on, of `sandbox.layers`.
     layers: tuple[str, ...] = ()
     #: What this machine refuses of the level.
@@ -147,7 +154,9 @@ class TemplateLauncher:
         """Order a process; a template that died is started anew first."""
         life = self._alive()
         loop = asyncio.get_running_loop()
-        child = Child(started=loop.create_future(), exited=loop.create_future(), lookout=life.lookout)
+        child = Child(
+            started=loop.create_future(), exited=loop.create_future(), lookout=life.lookout, tree_group=life.groups
+        )
         for future in (child.started, child.exited):
             # Whoever waits gets the error; when nobody does, it is not news.
             future.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -180,6 +189,7 @@ class TemplateLauncher:
         standard.fill_missing()
         ours, theirs = channel_pair()
         lookout, their_lookout = channel_pair()
+        group = _group_below(place.group)
         with theirs, their_lookout:
             # Through vfork and exec, never a plain fork: this process may have gRPC's threads.
             process = subprocess.Popen(
@@ -191,6 +201,7 @@ class TemplateLauncher:
                     "scaleout_mp.worker",
                     place.scratch,
                     str(their_lookout.fileno()),
+                    *([] if group is None else [group.folder]),
                 ],
                 pass_fds=[their_lookout.fileno()],
                 stdin=theirs.fileno(),
@@ -219,6 +230,8 @@ class TemplateLauncher:
             keys={},
             children={},
             leaving={},
+            group=group,
+            groups=None if group is None else place.group,
         )
         channel.send(
             frames.encode(
@@ -255,6 +268,11 @@ class TemplateLauncher:
         self, life: _Life, fatal: str | None, problems: list[str], unforkable: str | None, layers: dict[str, list[str]]
     ) -> None:
         life.layers, life.missing = tuple(layers["in_force"]), tuple(layers["missing"])
+        if life.group is not None:
+            if life.group.members():
+                life.layers += (TreeGroup.NAME,)
+            else:
+                life.groups = None
         if fatal is not None and not life.ready.done():
             life.ready.set_exception(LauncherError(f"no task can run here: {fatal}"))
         for problem in [*life.missing, *problems]:
@@ -388,6 +406,13 @@ async def _ended(process: subprocess.Popen[bytes]) -> int:
         logger.warning("the template does not end by itself; killing it", extra={"action": "template_killed"})
         process.kill()
         return await beside(process.wait)
+
+
+def _group_below(group: TreeGroup | None) -> TreeGroup | None:
+    # It may be gone, or have become too many: the mark of each tree is there.
+    with contextlib.suppress(OSError):
+        return None if group is None else group.below()
+    return None
 
 
 def _executable(interpreter: Interpreter) -> str:

@@ -16,6 +16,7 @@ import time
 from typing import Final, Protocol, Self
 
 from scaleout_mp.sandbox import delegation
+from scaleout_mp.sandbox.tree_group import TreeGroup
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +84,10 @@ def _remove(folder: str) -> None:
     deadline = time.monotonic() + _BUSY_SECONDS
     while True:
         try:
-            os.rmdir(folder)
+            for below, _, _ in os.walk(folder, topdown=False):
+                os.rmdir(below)
         except FileNotFoundError:
-            return
+            continue
         except OSError as error:
             if error.errno != errno.EBUSY or time.monotonic() > deadline:
                 logger.warning("cannot remove %s: %s", folder, error, extra={"action": "cgroup_left"})
@@ -218,7 +220,7 @@ class MemoryGroups:
 
     @classmethod
     def _make_base(cls, own: str, version: int) -> Self:
-        base = f"{own}/{_PREFIX}-{os.getpid()}-{secrets.token_hex(4)}"
+        base = _new_base(own)
         os.mkdir(base)
         try:
             if version == 2:
@@ -238,6 +240,20 @@ class MemoryGroups:
     def close(self) -> None:
         """Remove the folder."""
         _remove(self._base)
+
+
+def find_tree_group(memory: MemoryGroups | None) -> TreeGroup:
+    """Return the group around all templates of an executor; it may be that of its `memory` groups.
+
+    Raises OSError that says what is missing.
+    """
+    if memory is not None and memory.version == 2:
+        return TreeGroup(memory.base)
+    return TreeGroup.make(_new_base(delegation.delegated(_own_folder(""))))
+
+
+def _new_base(own: str) -> str:
+    return f"{own}/{_PREFIX}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _own_folder(controller: str) -> str:
@@ -270,8 +286,4 @@ def remove_left_over(base: str) -> None:
         parts = name.rsplit("-", 2)
         if len(parts) != 3 or parts[0] != _PREFIX or not parts[1].isdigit() or os.path.exists(f"/proc/{parts[1]}"):
             continue
-        folder = f"{parent}/{name}"
-        for group in os.listdir(folder):
-            if os.path.isdir(f"{folder}/{group}"):
-                _remove(f"{folder}/{group}")
-        _remove(folder)
+        _remove(f"{parent}/{name}")

@@ -122,7 +122,8 @@ def write_file(path: str, data: bytes) -> None:
         os.close(descriptor)
 
 
-def _read(path: str) -> bytes:
+def read_file(path: str) -> bytes:
+    """Read a file of the kernel's. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return b"".join(iter(lambda: os.read(descriptor, 1 << 14), b""))
@@ -147,7 +148,7 @@ def limit_data(limit: int, slack: int) -> None:
 
 def data_size() -> int:
     """Return the bytes of data and stack mappings that RLIMIT_DATA counts (VmData)."""
-    return int(_read("/proc/self/statm").split()[5]) * resource.getpagesize()
+    return int(read_file("/proc/self/statm").split()[5]) * resource.getpagesize()
 
 
 def thread_count() -> int:
@@ -180,7 +181,7 @@ def children() -> list[int]:
 def children_of(parent: int) -> list[int]:
     """Return the pids of the children of a single-threaded process, zombies included."""
     try:
-        return [int(pid) for pid in _read(f"/proc/{parent}/task/{parent}/children").split()]
+        return [int(pid) for pid in read_file(f"/proc/{parent}/task/{parent}/children").split()]
     except OSError:
         # A kernel without CONFIG_PROC_CHILDREN.
         return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _parent(pid) == parent]
@@ -188,7 +189,7 @@ def children_of(parent: int) -> list[int]:
 
 def _parent(pid: int) -> int:
     try:
-        stat = _read(f"/proc/{pid}/stat")
+        stat = read_file(f"/proc/{pid}/stat")
     except OSError:
         return 0
     return int(stat[stat.rindex(b")") + 2 :].split()[1])

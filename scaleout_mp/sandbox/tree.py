@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from scaleout_mp.sandbox.tree_group import TreeGroup
+
 #: Tags lie in [2^60, 2^61): above any limit that a person would set, below "unlimited".
 _TAG_BASE: Final = 1 << 60
 #: Least hard limit below which there is still room for tags.
@@ -33,6 +35,8 @@ _CLEAN_SCANS: Final = 3
 #: Seconds between two searches while processes are dying.
 _SHORTEST_PAUSE: Final = 0.001
 _LONGEST_PAUSE: Final = 0.004
+#: Seconds of killing one after the other before all that could fork meanwhile are held still.
+_CHASE: Final = 0.03
 
 #: Seconds that resource trackers have to clean up, counted from the first kill.
 TRACKER_GRACE: Final = 0.5
@@ -149,9 +153,20 @@ def _search() -> dict[int, list[int]]:
     return found
 
 
-def signal_tagged(tag: int, number: signal.Signals) -> int:
-    """Send a signal to every living process that wears the tag; return how many got it."""
-    return sum(signal_process(pid, tag, number) for pid in tagged(tag))
+def signal_tagged(tag: int, number: signal.Signals, group: TreeGroup | None = None) -> int:
+    """Send a signal to every living process that wears the tag; return how many got it.
+
+    `group`, where there is one, contains all of them, unless somebody has left it.
+    """
+    return sum(signal_process(pid, tag, number) for pid in _wearers(tag, group))
+
+
+def _wearers(tag: int, group: TreeGroup | None) -> list[int]:
+    if group is None:
+        return tagged(tag)
+    # Without those who are dead already, however many: a search of all processes takes seconds then. Whoever has died
+    # since was alive just now, and may have left a child.
+    return [pid for pid in group.members() if wears(pid, tag)]
 
 
 def signal_process(pid: int, tag: int, number: int) -> bool:
@@ -185,11 +200,12 @@ def _send(descriptor: int, pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def kill_tagged(tag: int, *, seconds: float = 10.0) -> int:
+def kill_tagged(tag: int, *, group: TreeGroup | None = None, seconds: float = 10.0) -> int:
     """Kill every process that wears the tag until three scans in a row find none; return how many were killed.
 
-    Blocks, normally for a few milliseconds, and somewhat longer where a tracker cleans up. Raises TimeoutError after
-    `seconds`, when processes hang in the kernel or fork faster than they are killed.
+    `group`, where there is one, contains all of them, unless somebody has left it. Blocks, normally for a few
+    milliseconds, and somewhat longer where a tracker cleans up. Raises TimeoutError after `seconds`, when processes
+    hang in the kernel or fork faster than they are killed.
     """
     started = time.monotonic()
     killed: set[int] = set()
@@ -197,18 +213,21 @@ def kill_tagged(tag: int, *, seconds: float = 10.0) -> int:
     pause = _SHORTEST_PAUSE
     while clean < _CLEAN_SCANS:
         began = time.monotonic()
-        found = tagged(tag)
+        # The last one is always a search of all processes: it finds those who have left the group.
+        found = _wearers(tag, None if clean == _CLEAN_SCANS - 1 else group)
         search = time.monotonic() - began
         if not found:
             clean += 1
             continue
         clean = 0
         doomed = found
-        if time.monotonic() < started + TRACKER_GRACE:
-            # Who has no command line is about to be gone, or has only just become a program, a tracker perhaps.
-            doomed = [pid for pid in found if (line := _command(pid)) and not _TRACKER.search(line)]
+        gentle = time.monotonic() < started + TRACKER_GRACE
+        if gentle:
+            doomed = [pid for pid in found if not is_tracker(pid)]
         before = len(killed)
         killed.update(pid for pid in doomed if signal_process(pid, tag, signal.SIGKILL))
+        if group is not None and time.monotonic() > started + _CHASE:
+            killed.update(kill_held(tag, group, gentle=gentle))
         if time.monotonic() > started + seconds:
             raise TimeoutError(f"processes {found} are still there {seconds:g} s after SIGKILL")
         # Let the dying leave, which takes the processors some time for what they had in memory; and longer when nobody
@@ -217,6 +236,11 @@ def kill_tagged(tag: int, *, seconds: float = 10.0) -> int:
         # And when the search itself takes long: those may be thousands who fork and leave faster than they are found.
         time.sleep(max(pause, search))
     return len(killed)
+
+
+def kill_held(tag: int, group: TreeGroup, *, gentle: bool) -> list[int]:
+    """Hold a whole group still and kill who wears the tag in it; return them. `gentle`: not who may be a tracker."""
+    return group.kill(lambda pid: wears(pid, tag) and not (gentle and is_tracker(pid)))
 
 
 def is_tracker(pid: int) -> bool:

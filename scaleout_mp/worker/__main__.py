@@ -1,12 +1,13 @@
-"""Guardian and template. Run as `python -m scaleout_mp.worker SCRATCH LOOKOUT`.
+"""Guardian and template. Run as `python -m scaleout_mp.worker SCRATCH LOOKOUT [GROUP]`.
 
 Standard input is the template's control channel, SCRATCH the folder of the tasks' scratch folders, LOOKOUT the
-descriptor of the guardian's own channel. What the template imports is imported after the fork, so that the guardian
-stays small.
+descriptor of the guardian's own channel, GROUP the folder of the template's cgroup. What the template imports is
+imported after the fork, so that the guardian stays small.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import resource
@@ -16,6 +17,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from scaleout_mp.sandbox import process
+from scaleout_mp.sandbox.tree_group import TreeGroup
 from scaleout_mp.worker.guardian import Guardian
 
 if TYPE_CHECKING:
@@ -36,7 +38,8 @@ def main() -> NoReturn:
     process.forbid_core_files()
     process.adopt_orphans()
     supervisor = os.getppid()
-    guardian = Guardian(sock, lookout, supervisor, sys.argv[1])
+    group = TreeGroup(sys.argv[3]) if len(sys.argv) > 3 else None
+    guardian = Guardian(sock, lookout, supervisor=supervisor, scratch=sys.argv[1], group=group)
     above = os.getpid()
     pid = os.fork()
     if pid:
@@ -44,6 +47,10 @@ def main() -> NoReturn:
     process.die_with_parent(above)
     process.adopt_orphans()
     lookout.close()
+    if group is not None:
+        # The supervisor looks whether it has; nothing depends on it.
+        with contextlib.suppress(OSError):
+            group.join()
     # The guardian alone may run before all others.
     process.limit_own(resource.RLIMIT_RTPRIO, 0)
     # Of this process, and by inheritance of every task: the Python stack at the moment of a crash.

@@ -19,6 +19,7 @@ from scaleout_mp.sandbox.removal import OPEN, remove_ownerless
 if TYPE_CHECKING:
     import socket
 
+    from scaleout_mp.sandbox.tree_group import TreeGroup
     from scaleout_mp.worker.lookout import Lookout
 
 #: Seconds between two rounds of killing: the dead have to be gone before their children show.
@@ -32,12 +33,21 @@ _REMOVAL: Final = 0.5
 class Guardian:
     """State of the guardian."""
 
-    def __init__(self, channel: socket.socket, lookout: socket.socket, supervisor: int, scratch: str) -> None:
+    def __init__(
+        self,
+        channel: socket.socket,
+        lookout: socket.socket,
+        *,
+        supervisor: int,
+        scratch: str,
+        group: TreeGroup | None,
+    ) -> None:
         """Watch over what is forked from now on.
 
         `supervisor` is the pid of the parent, `lookout` a channel of our own to it, `scratch` the folder that holds
-        its tasks' scratch folders.
+        its tasks' scratch folders; `group` is for the template and all below it, in one of the supervisor's.
         """
+        self._group = group
         self._line = lookout
         #: Made when the first order comes: without one the guardian stays small.
         self._lookout: Lookout | None = None
@@ -74,9 +84,13 @@ class Guardian:
             status = _reap(template)
             if ready - harmless or not self._look_out(template, ordered=self._line.fileno() in ready):
                 break
-        _end_everything()
+        self._end_everything()
         process.run_as_others_do()
-        if select.select([self._supervisor], [], [], 0)[0]:
+        if (group := self._group_to_end()) is not None:
+            # Where it is not empty yet, another guardian is at that, and removes it.
+            with contextlib.suppress(OSError):
+                group.remove()
+        if self._orphaned:
             _clear_away(self._scratch)
         _end_like(status)
 
@@ -102,6 +116,42 @@ class Guardian:
             return True
         return (not ordered or self._lookout.receive()) and self._lookout.look(template)
 
+    @property
+    def _orphaned(self) -> bool:
+        """Whether the supervisor is gone; its descriptors are closed before that."""
+        return bool(select.select([self._supervisor], [], [], 0)[0])
+
+    def _group_to_end(self) -> TreeGroup | None:
+        return self._group.around if self._group is not None and self._orphaned else self._group
+
+    def _end_everything(self) -> None:
+        deadline = time.monotonic() + tree.TRACKER_GRACE
+        # Only children are killed one by one: they keep their pid until they are reaped here. Their own children come
+        # up next.
+        while children := process.children():
+            gentle = time.monotonic() < deadline
+            # Of a supervisor that lives, another template may be in the group around.
+            if (group := self._group_to_end()) is not None:
+                group.kill(_is_no_tracker if gentle else _is_anybody)
+            # The youngest first: of those that fork and leave, the others are dead already.
+            doomed = [pid for pid in reversed(children) if not (gentle and tree.is_tracker(pid))]
+            # Trackers are in the groups of those whose shared memory they remove.
+            process.kill_children(doomed, groups=not gentle)
+            select.poll().poll(_ROUND * 1000)
+            with contextlib.suppress(ChildProcessError):
+                # Not until there is nobody, as above.
+                for _ in children:
+                    if not os.waitpid(-1, os.WNOHANG)[0]:
+                        break
+
+
+def _is_no_tracker(pid: int) -> bool:
+    return not tree.is_tracker(pid)
+
+
+def _is_anybody(_: int) -> bool:
+    return True
+
 
 def _reap(template: int) -> int | None:
     """Reap whoever has died; return the template's status when it is among them."""
@@ -114,23 +164,6 @@ def _reap(template: int) -> int | None:
                 # Those that come now may die as fast as they are reaped.
                 return status
     return None
-
-
-def _end_everything() -> None:
-    # Only children are killed: they keep their pid until they are reaped here. Their own children come up next.
-    deadline = time.monotonic() + tree.TRACKER_GRACE
-    while children := process.children():
-        spared = time.monotonic() < deadline
-        # The youngest first: of those that fork and leave, the others are dead already.
-        doomed = [pid for pid in reversed(children) if not (spared and tree.is_tracker(pid))]
-        # Trackers are in the groups of those whose shared memory they remove.
-        process.kill_children(doomed, groups=not spared)
-        select.poll().poll(_ROUND * 1000)
-        with contextlib.suppress(ChildProcessError):
-            # Not until there is nobody, as above.
-            for _ in children:
-                if not os.waitpid(-1, os.WNOHANG)[0]:
-                    break
 
 
 def _clear_away(scratch: str) -> None:

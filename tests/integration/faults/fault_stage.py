@@ -319,7 +319,9 @@ class Stage:
 
     def _groups_left(self) -> list[str]:
         groups = self.executor._core._groups
-        return [] if groups is None else [entry.name for entry in os.scandir(groups.base) if entry.is_dir()]
+        found = [] if groups is None else [entry.name for entry in os.scandir(groups.base) if entry.is_dir()]
+        # Of version 2, the template's own is beside those of tasks.
+        return [name for name in found if not name.startswith("template-")]
 
     def _check_usual_speed(self) -> None:
         """Run tasks until one is as fast as they were, which is the first one unless the machine is busy."""
