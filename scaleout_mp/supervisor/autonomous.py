@@ -9,7 +9,8 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from scaleout_mp.client.values import MAX_JSON, json_value
-from scaleout_mp.supervisor.jobs import Job, JobResources, json_text
+from scaleout_mp.supervisor.endings import json_text
+from scaleout_mp.supervisor.jobs import Job, JobResources
 from scaleout_mp.supervisor.taskbook import TaskStatus
 from scaleout_mp.wire import edge_pb2 as pb
 

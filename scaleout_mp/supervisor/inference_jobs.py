@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from scaleout_mp.supervisor import messages
 from scaleout_mp.supervisor.callbacks import MissingCallbackError
-from scaleout_mp.supervisor.jobs import Ending, Job, JobFailedError, JobResources, Phase, json_text
+from scaleout_mp.supervisor.endings import Ending, JobFailedError, json_text
+from scaleout_mp.supervisor.jobs import Job, JobResources, Phase
 from scaleout_mp.supervisor.messages import TaskType
 from scaleout_mp.wire import edge_pb2 as pb
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from scaleout_mp.model import ScaleoutModel
 from scaleout_mp.supervisor import messages
+from scaleout_mp.supervisor.endings import JobFailedError, json_text
 from scaleout_mp.supervisor.inference_jobs import InferenceJob, StageModelJob
-from scaleout_mp.supervisor.jobs import Job, JobFailedError, JobResources, Phase, json_text
+from scaleout_mp.supervisor.jobs import Job, JobResources, Phase
 from scaleout_mp.supervisor.messages import TaskType
 from scaleout_mp.supervisor.restart import RestartJob
 from scaleout_mp.transport.aside import closing_aside

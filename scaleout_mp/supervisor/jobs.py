@@ -12,11 +12,11 @@ import time
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from scaleout_mp.client.calls import RequestInfo
-from scaleout_mp.client.values import MAX_JSON
 from scaleout_mp.errors import ScaleoutError
-from scaleout_mp.supervisor import messages
+from scaleout_mp.supervisor import endings, messages
+from scaleout_mp.supervisor.endings import Ending, JobFailedError
 from scaleout_mp.supervisor.taskbook import TaskStatus
-from scaleout_mp.task import AbortOrigin, EndReason, MetricRecord
+from scaleout_mp.task import AbortOrigin, MetricRecord
 from scaleout_mp.transport.message import MessageKind
 from scaleout_mp.wire import edge_pb2 as pb
 
@@ -44,11 +44,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_INTERRUPTIONS = frozenset(
-    {EndReason.INTERRUPTED_BY_SERVER, EndReason.TIMED_OUT_BY_SERVER, EndReason.INTERRUPTED_BY_CLIENT}
-)
-
 
 _BY_SERVER = frozenset({AbortOrigin.SERVER, AbortOrigin.SERVER_TIMEOUT})
 
@@ -88,19 +83,6 @@ class JobResources:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ending:
-    """How a job ended, as the server hears it."""
-
-    status: TaskStatus
-    #: JSON; empty for none.
-    response: str = ""
-    #: One line for the server's log; None: the job has said what there is to say.
-    line: str | None = None
-    #: The server hears of it from the next start of the client.
-    told_by_next_start: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Abort:
     origin: AbortOrigin
     reason: str
@@ -116,15 +98,6 @@ class _TaskEndedError(Exception):
     def __init__(self, report: ExitReport) -> None:
         super().__init__(report.message)
         self.report = report
-
-
-class JobFailedError(ScaleoutError):
-    """The job cannot go on."""
-
-    def __init__(self, message: str, *, reason: str = EndReason.FAILED.value) -> None:
-        super().__init__(message)
-        #: For programs, as the report says it.
-        self.reason = reason
 
 
 class Job(abc.ABC):
@@ -202,7 +175,7 @@ class Job(abc.ABC):
                 return Ending(status=TaskStatus.COMPLETED)
             if self._result.tried and not self._result.refused:
                 return None
-        return self._interrupted(reason)
+        return endings.interrupted(self.request, reason, self.phase)
 
     def _with_drops(self, ending: Ending) -> Ending:
         """Say how much of what the task logged found the outbox full."""
@@ -228,13 +201,14 @@ class Job(abc.ABC):
             finally:
                 self._leave_place()
         except _InterruptedError:
-            return self._interrupted(self._aborted.result().reason)
+            return endings.interrupted(self.request, self._aborted.result().reason, self.phase)
         except _TaskEndedError as ended:
-            return self._ended_badly(ended.report)
+            reason = self._aborted.result().reason if self._aborted.done() else None
+            return endings.ended_badly(ended.report, reason)
         except JobFailedError as error:
-            return self._failed(str(error), error.reason)
+            return endings.failed(self.request, str(error), error.reason)
         except ScaleoutError as error:
-            return self._failed(str(error))
+            return endings.failed(self.request, str(error))
         except Exception as error:
             # Whatever is wrong here, the server gets its one report, and the other tasks go on.
             logger.exception(
@@ -242,7 +216,7 @@ class Job(abc.ABC):
                 self.correlation_id,
                 extra={"action": "job_bug", "task_id": self.correlation_id},
             )
-            return self._failed(f"internal error of the client: {type(error).__name__}: {error}")
+            return endings.failed(self.request, f"internal error of the client: {type(error).__name__}: {error}")
 
     async def _line_up(self) -> Place:
         core = self._resources.core
@@ -387,44 +361,3 @@ class Job(abc.ABC):
             kind = messages.status_type(self.request.type)
             status = messages.status(self._resources.client_id, text, level=level, type_=kind)
             self._resources.outbox.put(MessageKind.STATUS, status, task_id=self.correlation_id)
-
-    # How it can end
-
-    def _ended_badly(self, report: ExitReport) -> Ending:
-        if report.reason in _INTERRUPTIONS:
-            reason = self._aborted.result().reason if self._aborted.done() else report.message
-            return self._interrupted(reason, report)
-        response = messages.failure_response(report.message, reason=report.reason.value, report=report)
-        return Ending(status=TaskStatus.FAILED, response=json.dumps(response), line=report.explain())
-
-    def _failed(self, error: str, reason: str = EndReason.FAILED.value) -> Ending:
-        response = messages.failure_response(error, reason=reason)
-        logger.warning(
-            "task %s (%s) failed: %s",
-            self.correlation_id,
-            self.request.type,
-            response["error"],
-            extra={"action": "job_failed", "task_id": self.correlation_id},
-        )
-        line = f"task {self.request.type}: {response['error']}"
-        return Ending(status=TaskStatus.FAILED, response=json.dumps(response), line=line)
-
-    def _interrupted(self, reason: str, report: ExitReport | None = None) -> Ending:
-        line = f"task {self.request.type}: {reason} while {self.phase}" if report is None else report.explain()
-        response = messages.interruption_response(reason, report=report)
-        return Ending(status=TaskStatus.INTERRUPTED, response=json.dumps(response), line=line)
-
-
-def json_text(value: Any, what: str) -> str:
-    """Return a value that a child sent as JSON.
-
-    The child has checked it already; but it is not to be trusted. Raises JobFailedError when the value is too long or
-    is not JSON-serialisable.
-    """
-    try:
-        text = json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise JobFailedError(f"the task sent {what} that JSON cannot carry: {error}") from error
-    if len(text) > MAX_JSON:
-        raise JobFailedError(f"the task sent {what} of {len(text)} bytes of JSON; at most {MAX_JSON} are sent")
-    return text

@@ -7,8 +7,9 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from scaleout_mp.errors import ModelError
+from scaleout_mp.supervisor.endings import JobFailedError
 from scaleout_mp.supervisor.job_kinds import ModelUpdateJob
-from scaleout_mp.supervisor.jobs import Job, JobFailedError, JobResources, Phase
+from scaleout_mp.supervisor.jobs import Job, JobResources, Phase
 from scaleout_mp.supervisor.restart import RESTARTED as RESTARTED_BY_ORDER
 from scaleout_mp.supervisor.task_journal import KnownTask, TaskStage
 from scaleout_mp.transport.aside import closing_aside

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 from scaleout_mp.errors import RestartError
 from scaleout_mp.supervisor import messages
-from scaleout_mp.supervisor.jobs import Ending, Job, JobFailedError, Phase
+from scaleout_mp.supervisor.endings import Ending, JobFailedError
+from scaleout_mp.supervisor.jobs import Job, Phase
 from scaleout_mp.supervisor.taskbook import TaskStatus
 
 if TYPE_CHECKING:

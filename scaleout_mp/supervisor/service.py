@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 from scaleout_mp.supervisor import messages, vitals
 from scaleout_mp.supervisor.callback_sources import callbacks_for
 from scaleout_mp.supervisor.connecting import greeted
+from scaleout_mp.supervisor.endings import JobFailedError
 from scaleout_mp.supervisor.farewell import ABORT_MARGIN, Farewell, cancelled
 from scaleout_mp.supervisor.job_kinds import make_job
-from scaleout_mp.supervisor.jobs import Job, JobFailedError, JobResources, Phase
+from scaleout_mp.supervisor.jobs import Job, JobResources, Phase
 from scaleout_mp.supervisor.polling import Poller, follow_task_stream
 from scaleout_mp.supervisor.recovery import recovered_job
 from scaleout_mp.supervisor.restart import REFUSED, RESTARTING, RestartJob

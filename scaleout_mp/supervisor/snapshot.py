@@ -12,7 +12,8 @@ from scaleout_mp.transport.link_quality import LinkState
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from scaleout_mp.supervisor.jobs import Ending, Job
+    from scaleout_mp.supervisor.endings import Ending
+    from scaleout_mp.supervisor.jobs import Job
 
 _MAX_LINE: Final = 2000
 

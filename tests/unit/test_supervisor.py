@@ -22,7 +22,7 @@ from scaleout_mp.supervisor import GrpcEdgeClientRuntime, messages
 from scaleout_mp.supervisor.blocking import run_blocking
 from scaleout_mp.supervisor.callbacks import CallbackTable
 from scaleout_mp.supervisor.connecting import assignment_payload
-from scaleout_mp.supervisor.jobs import JobFailedError, json_text
+from scaleout_mp.supervisor.endings import JobFailedError, json_text
 from scaleout_mp.supervisor.shutdown import SignalReader, StopAction
 from scaleout_mp.supervisor.state import opened_state
 from scaleout_mp.supervisor.taskbook import TaskBook, TaskStatus, Verdict
