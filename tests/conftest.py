@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import time
@@ -58,6 +59,12 @@ def pytest_collection_modifyitems(config, items):
     if extra:
         config.hook.pytest_deselected(items=extra)
         items[:] = [item for item in items if item not in set(extra)]
+
+
+def pytest_collection_finish():
+    """Have garbage collections look at what tests make alone: thousands of items and modules are there to stay."""
+    gc.collect()
+    gc.freeze()
 
 
 def _is_extra(item):
