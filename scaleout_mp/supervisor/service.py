@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import collections
-import functools
-import json
 import logging
 import signal
 from typing import TYPE_CHECKING, Any, Final
 
-from scaleout_mp.supervisor import messages, vitals
+from scaleout_mp.supervisor import vitals
 from scaleout_mp.supervisor.callback_sources import callbacks_for
 from scaleout_mp.supervisor.connecting import greeted
 from scaleout_mp.supervisor.endings import JobFailedError
 from scaleout_mp.supervisor.farewell import ABORT_MARGIN, Farewell, cancelled
-from scaleout_mp.supervisor.job_kinds import make_job
-from scaleout_mp.supervisor.jobs import Job, JobResources, Phase
+from scaleout_mp.supervisor.jobs import JobResources
+from scaleout_mp.supervisor.jobs_at_work import JobsAtWork
 from scaleout_mp.supervisor.polling import Poller, follow_task_stream
-from scaleout_mp.supervisor.recovery import recovered_job
-from scaleout_mp.supervisor.restart import REFUSED, RESTARTING, RestartJob
+from scaleout_mp.supervisor.restart import REFUSED, RESTARTING
 from scaleout_mp.supervisor.shutdown import SECOND_CTRL_C, SignalReader, StopAction, signals_to
-from scaleout_mp.supervisor.snapshot import ClientSnapshot, Death, death, task_snapshot
+from scaleout_mp.supervisor.snapshot import ClientSnapshot
 from scaleout_mp.supervisor.staged_models import StagedModels
 from scaleout_mp.supervisor.systemd import ServiceManager
 from scaleout_mp.supervisor.task_journal import TaskJournal, TaskStage
-from scaleout_mp.supervisor.taskbook import (
-    ABORTED_BY_SERVER,
-    TIMED_OUT_BY_SERVER,
-    TaskBook,
-    TaskStatus,
-    Verdict,
-)
-from scaleout_mp.task import AbortOrigin
+from scaleout_mp.supervisor.taskbook import TaskBook, TaskStatus
 from scaleout_mp.transport.journal import Journal
 from scaleout_mp.transport.message import MessageKind
 from scaleout_mp.transport.outbox import Outbox
@@ -45,20 +34,17 @@ if TYPE_CHECKING:
 
     from scaleout_mp.client import EdgeClient
     from scaleout_mp.errors import TransportError
-    from scaleout_mp.supervisor.autonomous import AutonomousTask, OwnTaskOrder
+    from scaleout_mp.supervisor.autonomous import OwnTaskOrder
     from scaleout_mp.supervisor.restart import RestartOrder
     from scaleout_mp.supervisor.service_plan import ServicePlan
     from scaleout_mp.supervisor.state import StateFolder
+    from scaleout_mp.task import AbortOrigin
     from scaleout_mp.transport.calls import CombinerCalls
     from scaleout_mp.transport.message import Ticket
-    from scaleout_mp.wire import edge_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
-ENDING: Final = "Aborted by client: the client is shutting down"
 ABORTED_BY_CLIENT: Final = "Aborted by client"
-#: Ends of tasks that are remembered for who looks.
-_DEATHS: Final = 10
 
 
 class ClientService:
@@ -97,10 +83,11 @@ class ClientService:
             state=state,
             restart=self._accept_restart,
         )
+        self._jobs = JobsAtWork(self._resources, self._book, forgets_ended=not plan.with_polling)
         self._restart: RestartOrder | None = None
         #: Set once tasks can run, and at the end.
         self.ready = asyncio.Event()
-        self._announced = self._closed = False
+        self._announced = False
         self._announces = plan.settings.announce
         self._manager = ServiceManager()
         self._poller = Poller(
@@ -108,13 +95,9 @@ class ClientService:
             self._book,
             client_id=plan.client_id,
             interval=plan.settings.polling_interval,
-            on_request=self._on_request,
+            on_request=self._jobs.take,
         )
         self._signals = SignalReader()
-        self._jobs: dict[str, tuple[Job, asyncio.Task[None]]] = {}
-        #: Tasks of the client's own that have not ended.
-        self._own: dict[str, AutonomousTask] = {}
-        self._deaths: collections.deque[Death] = collections.deque(maxlen=_DEATHS)
         self._end: asyncio.Future[None] = self._loop.create_future()
         self._end_now: asyncio.Future[None] = self._loop.create_future()
 
@@ -142,7 +125,7 @@ class ClientService:
                 for kind, message in early:
                     self._outbox.put(kind, message)
                 for order in own:
-                    self.start_own(order)
+                    self._jobs.start_own(order)
                 await self._serve()
                 await self._unless_now(self._leave())
             finally:
@@ -170,10 +153,7 @@ class ClientService:
                 extra={"action": "taken_over"},
             )
         for task in open_tasks:
-            self._book.start(task.request)
-            self._begin(
-                recovered_job(task, self._resources, on_start=functools.partial(self._book.run, task.correlation_id))
-            )
+            self._jobs.go_on(task)
 
     async def _serve(self) -> None:
         """Work until told to end. Raises what ended a loop that should not have."""
@@ -211,102 +191,23 @@ class ClientService:
         if plan.with_polling:
             await self._poller.run()
         else:
-            await follow_task_stream(self._calls, client_id=plan.client_id, on_request=self._on_request)
-
-    # Tasks
-
-    def _on_request(self, request: pb.TaskRequest, problem: str) -> None:
-        correlation_id = request.correlation_id
-        if not correlation_id:
-            said = problem or "the server sent a task without an id"
-            logger.warning("%s; without an id it is ignored", said, extra={"action": "task_no_id"})
-            return
-        verdict = self._book.receive(request)
-        if verdict is Verdict.START:
-            self._start(request, problem)
-        elif verdict is Verdict.ABORT:
-            self.abort_task(correlation_id, AbortOrigin.SERVER, ABORTED_BY_SERVER)
-        elif verdict is Verdict.TIME_OUT:
-            self.abort_task(correlation_id, AbortOrigin.SERVER_TIMEOUT, TIMED_OUT_BY_SERVER)
-
-    def _start(self, request: pb.TaskRequest, problem: str) -> None:
-        correlation_id = request.correlation_id
-        logger.info(
-            "task %s of type %s came",
-            correlation_id,
-            request.type,
-            extra={"action": "task_received", "task_id": correlation_id, "task_type": request.type},
-        )
-        self._tasks.received(request)
-        start = functools.partial(self._book.run, correlation_id)
-        self._begin(make_job(request, self._resources, on_start=start, problem=problem))
-
-    def start_own(self, order: OwnTaskOrder) -> None:
-        """Start a task of the client's own."""
-        task = order.task
-        if self._closed:
-            task.end(TaskStatus.INTERRUPTED, json.dumps(messages.interruption_response(ENDING)))
-            return
-        self._own[task.correlation_id] = task
-        request = task.request()
-        self._book.start(request)
-        self._tasks.received(request)
-
-        def on_start() -> None:
-            self._book.run(task.correlation_id)
-            task.run()
-
-        self._begin(order.make(request, self._resources, on_start=on_start))
-
-    def _finish(self, correlation_id: str, status: TaskStatus, response: str) -> None:
-        self._book.finish(correlation_id, status, response)
-        own = self._own.pop(correlation_id, None)
-        if own is not None:
-            own.end(status, response)
-
-    def _begin(self, job: Job) -> None:
-        task = self._loop.create_task(self._see_through(job), name=job.correlation_id)
-        self._jobs[job.correlation_id] = job, task
-        if self._signals.ending or self._restart is not None:
-            job.abort(AbortOrigin.CLIENT, self._farewell_reason)
-
-    async def _see_through(self, job: Job) -> None:
-        try:
-            ending = await job.run()
-            if ending.status is not TaskStatus.COMPLETED:
-                self._deaths.append(death(job, ending))
-            if ending.told_by_next_start:
-                self._tasks.restarting(job.correlation_id)
-                return
-            await self._tasks.ended(job.correlation_id, ending.status, ending.response)
-            self._finish(job.correlation_id, ending.status, ending.response)
-        except asyncio.CancelledError:
-            # The client ends before all that the task sent has arrived; its end may still be reported.
-            ended = job.ending_if_cut_off(self._farewell_reason)
-            if ended is not None:
-                self._tasks.ends(job.correlation_id, ended.status, ended.response)
-                self._finish(job.correlation_id, ended.status, ended.response)
-            raise
-        finally:
-            del self._jobs[job.correlation_id]
-            if not self._plan.with_polling:
-                self._book.drop_finished()
+            await follow_task_stream(self._calls, client_id=plan.client_id, on_request=self._jobs.take)
 
     def _accept_restart(self, correlation_id: str, order: RestartOrder) -> None:
         """Begin to restart. Raises JobFailedError when the client cannot, or other tasks run and may not be ended."""
-        others = [
-            job for key, (job, _) in self._jobs.items() if key != correlation_id and job.phase is not Phase.REPORTING
-        ]
+        others = self._jobs.others(correlation_id)
         refusal = ""
         if self._plan.cannot_restart:
             refusal = f"this client cannot restart itself: {self._plan.cannot_restart}"
         elif self._end.done():
             refusal = "this client ends, or restarts, already"
         elif others and not (order.abort_ongoing_tasks or order.force):
-            refusal = f"{len(others)} other task(s) run; abort_ongoing_tasks or force would end them"
+            refusal = f"{others} other task(s) run; abort_ongoing_tasks or force would end them"
         if refusal:
             raise JobFailedError(refusal, reason=REFUSED)
         self._restart = order
+        self._jobs.farewell = RESTARTING
+        self._jobs.leave()
         self._poller.skip_tasks = True
         logger.info("the server ordered a restart", extra={"action": "restart_ordered", "task_id": correlation_id})
         self._end.set_result(None)
@@ -316,10 +217,6 @@ class ClientService:
         """Whether the program is to be started anew, now that `run` is over; who was told to end does not."""
         return self._restart is not None and not self._signals.ending
 
-    @property
-    def _farewell_reason(self) -> str:
-        return ENDING if self._restart is None else RESTARTING
-
     def _on_refused(self, ticket: Ticket, error: TransportError) -> None:
         if ticket.kind in {MessageKind.UPDATE, MessageKind.VALIDATION}:
             self._tasks.refused(ticket.lane, str(error))
@@ -328,11 +225,11 @@ class ClientService:
 
     def abort_task(self, correlation_id: str, origin: AbortOrigin, reason: str) -> bool:
         """Ask one task to end; return whether there is such a task."""
-        found = self._jobs.get(correlation_id)
-        if found is None:
-            return False
-        found[0].abort(origin, reason)
-        return True
+        return self._jobs.abort(correlation_id, origin, reason)
+
+    def start_own(self, order: OwnTaskOrder) -> None:
+        """Start a task of the client's own."""
+        self._jobs.start_own(order)
 
     def stop(self) -> None:
         """End like SIGTERM does."""
@@ -354,14 +251,14 @@ class ClientService:
             pending_messages=counts.pending,
             dropped_messages=counts.dropped,
             refused_messages=counts.refused,
-            deaths=tuple(self._deaths),
-            tasks=tuple(task_snapshot(job) for job, _ in list(self._jobs.values())),
+            deaths=tuple(self._jobs.deaths),
+            tasks=self._jobs.snapshots(),
         )
 
     def on_signal(self, number: int) -> None:
         """Read SIGINT or SIGTERM."""
         if number == signal.SIGINT:
-            self._act(self._signals.interrupt(self._loop.time(), tasks=len(self._jobs)))
+            self._act(self._signals.interrupt(self._loop.time(), tasks=len(self._jobs.running)))
         else:
             self._act(self._signals.terminate())
 
@@ -370,20 +267,16 @@ class ClientService:
         if action is StopAction.ABORT_TASKS:
             logger.warning(
                 "aborting %d running task(s); press Ctrl-C again within %.0f s to end the client",
-                len(self._jobs),
+                len(self._jobs.running),
                 SECOND_CTRL_C,
                 extra={"action": "ctrl_c"},
             )
-            self._abort_all(ABORTED_BY_CLIENT)
-        elif action is StopAction.END:
-            if not self._end.done():
-                self._end.set_result(None)
-        elif not self._end_now.done():
-            self._end_now.set_result(None)
-
-    def _abort_all(self, reason: str) -> None:
-        for job, _ in list(self._jobs.values()):
-            job.abort(AbortOrigin.CLIENT, reason)
+            self._jobs.abort_all(ABORTED_BY_CLIENT)
+            return
+        self._jobs.leave()
+        end = self._end if action is StopAction.END else self._end_now
+        if not end.done():
+            end.set_result(None)
 
     # The end
 
@@ -398,14 +291,14 @@ class ClientService:
             self._calls,
             self._outbox,
             self._poller,
-            self._jobs,
+            self._jobs.running,
             polls=self._plan.with_polling,
             within=self._plan.goodbye_seconds,
         )
         if self._restart is not None and self._restart.force:
             await self._kill_all()
         else:
-            self._abort_all(self._farewell_reason)
+            self._jobs.abort_all(self._jobs.farewell)
             await farewell.until_reporting(self._plan.limits.abort_grace_seconds + ABORT_MARGIN)
         # Who never came need not say that it goes; a greeting that was cut off may have arrived.
         # Who restarts is soon back.
@@ -414,8 +307,7 @@ class ClientService:
 
     async def _kill_all(self) -> None:
         """End all tasks at once; the order to restart is none of them."""
-        at_work = [task for job, task in self._jobs.values() if not isinstance(job, RestartJob)]
-        await cancelled(at_work)
+        await self._jobs.cut_off(spare_restart=True)
         await self._core.aclose(kill=True)
 
     async def _unless_now(self, work: Coroutine[Any, Any, None]) -> None:
@@ -428,11 +320,11 @@ class ClientService:
             await cancelled([task])
 
     async def _clean_up(self) -> None:
-        self._closed = True
+        self._jobs.close()
         self.ready.set()
-        self._abort_all(self._farewell_reason)
+        self._jobs.abort_all(self._jobs.farewell)
         await self._poller.aclose()
-        await cancelled([task for _, task in self._jobs.values()])
+        await self._jobs.cut_off()
         await self._resources.callbacks.aclose()
         await self._core.aclose(kill=self._end_now.done())
         await self.models.aclose()
@@ -440,6 +332,4 @@ class ClientService:
         await self._calls.aclose()
         if self._journal is not None:
             await self._journal.aclose()
-        for own in self._own.values():
-            # Cut off from what the server has to say of it: whoever waits must not wait for ever.
-            own.end(TaskStatus.INTERRUPTED, json.dumps(messages.interruption_response(ENDING)))
+        self._jobs.release()
