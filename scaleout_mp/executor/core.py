@@ -22,7 +22,8 @@ from scaleout_mp.executor.residents import ResidentPool
 from scaleout_mp.executor.scheduling import NOTHING, Demand, Ledger, Line, Place
 from scaleout_mp.executor.scratch import ScratchKeeper
 from scaleout_mp.executor.states import MAX_STATE, StateStore
-from scaleout_mp.executor.template import StartMethod, TemplateLauncher, TemplatePlace
+from scaleout_mp.executor.template import StartMethod, TemplateLauncher
+from scaleout_mp.executor.template_start import TemplatePlace
 from scaleout_mp.ipc import arguments, callables
 from scaleout_mp.ipc.callables import PreparedCallable
 from scaleout_mp.sandbox import environment

@@ -7,30 +7,27 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import os
 import signal
 import subprocess
-import sys
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-import scaleout_mp
 from scaleout_mp.config import Sandbox
-from scaleout_mp.config.machine import THREAD_VARIABLES, wanted_threads
+from scaleout_mp.config.machine import wanted_threads
 from scaleout_mp.errors import LauncherError, ProtocolViolation
 from scaleout_mp.executor import standard
 from scaleout_mp.executor.beside import beside
 from scaleout_mp.executor.interpreter import Interpreter
 from scaleout_mp.executor.launcher import Child, Exited, Started, StartOrder
 from scaleout_mp.executor.lookout import LookoutLine
+from scaleout_mp.executor.template_start import TemplatePlace, setup_frame, start_process
 from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.channel import channel_pair, close_all
 from scaleout_mp.ipc.frames import MAX_LOADED, Frame, Kind
 from scaleout_mp.ipc.loop_channel import SupervisorChannel
-from scaleout_mp.sandbox.layers import Rules
 from scaleout_mp.sandbox.tree_group import TreeGroup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
     from scaleout_mp.ipc.callables import PreparedCallable
 
@@ -39,22 +36,6 @@ logger = logging.getLogger(__name__)
 StartMethod = Literal["template", "spawn"]
 
 _CLOSE_SECONDS: Final = 5.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TemplatePlace:
-    """What a template finds around it."""
-
-    #: Its environment, which tasks inherit.
-    environment: Mapping[str, str]
-    #: The folder that holds the scratch folders, for who is left when the supervisor is killed.
-    scratch: str
-    #: Other folders in which each task has something of its own.
-    shared: tuple[str, ...] = ()
-    #: Around the groups of all templates, where there is one.
-    group: TreeGroup | None = None
-    #: Where all tasks start; "" for where the template stands, None for each in its own folder.
-    start_folder: str | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -191,26 +172,7 @@ class TemplateLauncher:
         lookout, their_lookout = channel_pair()
         group = _group_below(place.group)
         with theirs, their_lookout:
-            # Through vfork and exec, never a plain fork: this process may have gRPC's threads.
-            process = subprocess.Popen(
-                # -P: a module of the user's folder must not stand in for one of the standard library.
-                [
-                    _executable(interpreter),
-                    "-P",
-                    "-m",
-                    "scaleout_mp.worker",
-                    place.scratch,
-                    str(their_lookout.fileno()),
-                    *([] if group is None else [group.folder]),
-                ],
-                pass_fds=[their_lookout.fileno()],
-                stdin=theirs.fileno(),
-                stdout=standard.for_child(1),
-                stderr=standard.for_child(2),
-                env=_template_environment(place.environment, interpreter),
-                # Out of reach of what a terminal, or `timeout`, sends to a process group.
-                start_new_session=True,
-            )
+            process = start_process(place, interpreter, channel=theirs, lookout=their_lookout, group=group)
         ready = asyncio.get_running_loop().create_future()
         ready.add_done_callback(lambda done: done.cancelled() or done.exception())
         life: _Life
@@ -234,13 +196,13 @@ class TemplateLauncher:
             groups=None if group is None else place.group,
         )
         channel.send(
-            frames.encode(
-                Kind.SETUP,
-                self._start_method == "spawn",
-                self._preload,
-                interpreter.script_fields(_script_fields()),
-                self._threads,
-                _rules(self._sandbox, place).to_fields(),
+            setup_frame(
+                place,
+                interpreter,
+                spawns=self._start_method == "spawn",
+                preload=self._preload,
+                threads=self._threads,
+                sandbox=self._sandbox,
             )
         )
         logger.debug("template started", extra={"action": "template_started", "template_pid": process.pid})
@@ -413,49 +375,3 @@ def _group_below(group: TreeGroup | None) -> TreeGroup | None:
     with contextlib.suppress(OSError):
         return None if group is None else group.below()
     return None
-
-
-def _executable(interpreter: Interpreter) -> str:
-    return sys.executable if interpreter.environment is None else interpreter.environment.executable
-
-
-def _template_environment(environment: Mapping[str, str], interpreter: Interpreter) -> dict[str, str]:
-    """Add what the template itself needs; it puts PYTHONPATH back once it has found this package."""
-    if interpreter.environment is not None:
-        search_path = interpreter.environment.package_root
-    else:
-        package_root = os.path.dirname(os.path.dirname(scaleout_mp.__file__))
-        search_path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), package_root]))
-    return {**environment, **dict.fromkeys(THREAD_VARIABLES, "1"), "PYTHONPATH": search_path}
-
-
-def _rules(sandbox: Sandbox, place: TemplatePlace) -> Rules:
-    start = [] if place.start_folder is None else [place.start_folder or os.getcwd()]
-    return Rules.of(sandbox, read=start, places=(place.scratch, *place.shared))
-
-
-def _script_fields() -> dict[str, Any]:
-    entries = []
-    for entry in sys.path:
-        try:
-            entries.append(os.fsencode(_from_anywhere(entry)))
-        except (OSError, TypeError):
-            # A folder that is gone, or something that only an import hook understands.
-            continue
-    main_file = getattr(sys.modules.get("__main__"), "__file__", None)
-    return {
-        "search_path": entries,
-        "main_file": None if main_file is None else os.fsencode(os.path.abspath(main_file)),
-        "python_path": _python_path(),
-    }
-
-
-def _python_path() -> bytes | None:
-    path = os.environ.get("PYTHONPATH")
-    return os.fsencode(os.pathsep.join(map(_from_anywhere, path.split(os.pathsep)))) if path else None
-
-
-def _from_anywhere(entry: str) -> str:
-    """Return an entry of the search path as it has to be for tasks, which stand elsewhere; "" is where we stand."""
-    # What is no file is the name of an import hook.
-    return os.path.abspath(entry) if not entry or os.path.exists(entry) else entry

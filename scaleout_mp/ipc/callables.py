@@ -190,12 +190,15 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
-def pickles(value: Any) -> bool:
-    """Return whether a value can be pickled by itself."""
-    import cloudpickle
+def pickles(value: Any, *, plainly: bool = False) -> bool:
+    """Return whether a value can be pickled by itself: by pickle alone if `plainly`, else by cloudpickle."""
+    dumps: Callable[[Any], bytes] = pickle.dumps
+    if not plainly:
+        import cloudpickle
 
+        dumps = cloudpickle.dumps
     try:
-        cloudpickle.dumps(value)
+        dumps(value)
     except Exception:  # noqa: BLE001 - any error of a user's __reduce__ means: it does not
         return False
     return True

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from scaleout_mp.errors import ScaleoutError, ValueNotSendable
 from scaleout_mp.ipc import frames, segments
+from scaleout_mp.ipc.callables import pickles
 from scaleout_mp.ipc.channel import close_all
 from scaleout_mp.ipc.frames import Kind
 from scaleout_mp.ipc.messages import StateChange
@@ -73,7 +74,7 @@ class KeptState:
         try:
             return pickle.dumps(values, protocol=5)
         except Exception as error:
-            culprit = next((key for key, value in values.items() if not _pickles(value)), None)
+            culprit = next((key for key, value in values.items() if not pickles(value, plainly=True)), None)
             where = "" if culprit is None else f"[{culprit!r}], a {type(values[culprit]).__qualname__},"
             raise ValueNotSendable(
                 f"state {self._name}{where} cannot be kept: {type(error).__name__}: {error}"
@@ -97,11 +98,3 @@ class LivingState:
 
     def keep(self) -> None:
         """Do nothing: it stays."""
-
-
-def _pickles(value: Any) -> bool:
-    try:
-        pickle.dumps(value)
-    except Exception:  # noqa: BLE001 - any error of a user's __reduce__ means: it does not
-        return False
-    return True
