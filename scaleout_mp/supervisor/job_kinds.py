@@ -16,6 +16,7 @@ from scaleout_mp.supervisor.inference_jobs import InferenceJob, StageModelJob
 from scaleout_mp.supervisor.jobs import Job, JobResources, Phase
 from scaleout_mp.supervisor.messages import TaskType
 from scaleout_mp.supervisor.restart import RestartJob
+from scaleout_mp.supervisor.task_journal import note_of
 from scaleout_mp.transport.aside import closing_aside
 from scaleout_mp.transport.message import MessageKind
 from scaleout_mp.wire import edge_pb2 as pb
@@ -102,8 +103,9 @@ class ModelUpdateJob(Job):
         state = self._resources.state
         if state is None:
             return
+        result = {"update_id": update_id, "meta": meta}
         try:
-            await asyncio.to_thread(state.keep_result, model, update_id)
+            await asyncio.to_thread(state.keep_result, model, update_id, note_of(self.request, result))
         except OSError as error:
             logger.warning(
                 "the result of task %s cannot be kept on the disk (%s): a client that dies now loses it",
@@ -112,7 +114,7 @@ class ModelUpdateJob(Job):
                 extra={"action": "result_not_kept", "task_id": self.correlation_id},
             )
             return
-        self._resources.tasks.result_kept(self.correlation_id, {"update_id": update_id, "meta": meta})
+        self._resources.tasks.result_kept(self.correlation_id, result)
 
     async def _forget(self, update_id: str, keeping: asyncio.Task[None] | None = None) -> None:
         """Remove the result from the disk: the server has it, or nobody wants it any more."""

@@ -135,6 +135,8 @@ class ClientService:
     async def _take_over(self) -> None:
         """Go on with what an earlier run of the client left."""
         known = await self._tasks.known()
+        if self._journal is not None and self._journal.damaged and self._state is not None:
+            known = await self._tasks.mended(known, self._state.notes())
         messages = await self._outbox.load()
         open_tasks = [task for task in known if task.stage not in {TaskStage.ENDED, TaskStage.TOLD}]
         for task in known:

@@ -38,6 +38,8 @@ class StateFolder:
         self.path = path
         self.journal_path = os.path.join(path, "journal.db")
         self._results = os.path.join(path, "results")
+        #: What each result is of. The journal says it as well, unless it is damaged.
+        self._notes = os.path.join(path, "notes")
         self._lock: FileLock | None = None
 
     @classmethod
@@ -55,7 +57,7 @@ class StateFolder:
         """
         try:
             # One by one: a mode is for the last folder of a path alone.
-            for folder in (self.path, self._results):
+            for folder in (self.path, self._results, self._notes):
                 os.makedirs(folder, mode=0o700, exist_ok=True)
             if os.stat(self.path).st_mode & 0o077:
                 os.chmod(self.path, 0o700)
@@ -68,7 +70,15 @@ class StateFolder:
             ) from None
         except OSError as error:
             self.close()
-            raise StateError(f"{self.path} cannot be used: {error.strerror or error}") from error
+            raise StateError(f"{self.path} cannot be used: {error.strerror or error}{self._whose()}") from error
+
+    def _whose(self) -> str:
+        """Return whose the folder is, where it is somebody else's."""
+        with contextlib.suppress(OSError):
+            owner = os.stat(self.path).st_uid
+            if owner != os.geteuid():
+                return f"; it belongs to user {owner}: run the client as that user, or with another state folder"
+        return ""
 
     def close(self) -> None:
         """Unlock the folder. Safe to call again."""
@@ -78,9 +88,19 @@ class StateFolder:
 
     # Results on their way
 
-    def keep_result(self, model: ScaleoutModel, update_id: str) -> None:
-        """Write a model to disk, safe from a loss of power. Raises OSError. Call it on a thread."""
+    def keep_result(self, model: ScaleoutModel, update_id: str, note: bytes) -> None:
+        """Write a model, and what it is of, to disk, safe from a loss of power. Raises OSError. Call it on a thread."""
         replace_file(self._result_path(update_id), *model.iter_chunks(_CHUNK), sync=True)
+        # Last: it stands for a model that is whole.
+        replace_file(os.path.join(self._notes, update_id), note, sync=True)
+
+    def notes(self) -> list[bytes]:
+        """Return what the models that are kept are of."""
+        found = []
+        for name in sorted(os.listdir(self._notes)):
+            with contextlib.suppress(OSError), open(os.path.join(self._notes, name), "rb") as file:
+                found.append(file.read())
+        return found
 
     def open_result(self, update_id: str) -> ScaleoutModel:
         """Return a model that was kept. Raises FileNotFoundError, and ModelFormatError when it is damaged."""
@@ -96,16 +116,18 @@ class StateFolder:
 
     def forget_result(self, update_id: str) -> None:
         """Remove a model that the server has, or that nobody wants any more."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._result_path(update_id))
+        for path in (os.path.join(self._notes, update_id), self._result_path(update_id)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
     def sweep(self, wanted: Collection[str]) -> None:
         """Remove what a killed client left: all results but those wanted."""
-        kept = {update_id + _SUFFIX for update_id in wanted}
-        for name in os.listdir(self._results):
-            if name not in kept:
-                os.unlink(os.path.join(self._results, name))
-                logger.debug("removed the left-over %s", name, extra={"action": "result_swept"})
+        for folder, suffix in ((self._notes, ""), (self._results, _SUFFIX)):
+            kept = {update_id + suffix for update_id in wanted}
+            for name in os.listdir(folder):
+                if name not in kept:
+                    os.unlink(os.path.join(folder, name))
+                    logger.debug("removed the left-over %s", name, extra={"action": "result_swept"})
 
     def _result_path(self, update_id: str) -> str:
         return os.path.join(self._results, update_id + _SUFFIX)

@@ -14,7 +14,7 @@ from scaleout_mp.supervisor.taskbook import REMEMBERED, TaskStatus
 from scaleout_mp.wire import edge_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from scaleout_mp.transport.journal import Journal
 
@@ -33,6 +33,11 @@ _TOLD: Final = "UPDATE tasks SET state = ?, request = x'', status = ?, response 
 _FORGET: Final = "DELETE FROM tasks WHERE state = ? AND number <= (SELECT max(number) FROM tasks) - ?"
 _UNREADABLE: Final = "DELETE FROM tasks WHERE correlation_id = ?"
 _ALL: Final = "SELECT correlation_id, state, request, status, response, result, error FROM tasks ORDER BY number"
+#: The tasks of which something waits for the server, and whether that is a result.
+_WAITING: Final = (
+    "SELECT lane, max(result) FROM (SELECT lane, kind IN ('UPDATE', 'VALIDATION') AS result FROM results"
+    " UNION ALL SELECT DISTINCT lane, 0 FROM records) WHERE lane != '' GROUP BY lane"
+)
 
 
 class TaskStage(enum.StrEnum):
@@ -131,11 +136,56 @@ class TaskJournal:
                 self._write(_UNREADABLE, correlation_id)
         return known
 
+    async def mended(self, known: list[KnownTask], notes: Iterable[bytes]) -> list[KnownTask]:
+        """Return the tasks with those that a damaged journal has lost, as far as they can be told, and note them again.
+
+        `notes` lie beside results that are kept. Of a task whose messages wait it is known whether its result is one.
+        """
+        tasks = {task.correlation_id: task for task in known}
+        lost = [task for note in notes if (task := _task_of(note)) is not None]
+        assert self._journal is not None
+        for correlation_id, sent in await self._journal.rows(_WAITING):
+            stage = TaskStage.SENT if sent else TaskStage.RECEIVED
+            request = pb.TaskRequest(correlation_id=correlation_id).SerializeToString()
+            lost.append(_known_task((correlation_id, stage, request, "", "", "", None)))
+        for task in lost:
+            other = tasks.get(task.correlation_id)
+            if other is None or (other.stage is TaskStage.RECEIVED and task.stage is TaskStage.RESULT):
+                tasks[task.correlation_id] = task
+                self.received(task.request)
+                if task.stage is TaskStage.RESULT:
+                    self.result_kept(task.correlation_id, task.result)
+                elif task.stage is TaskStage.SENT:
+                    self.sent(task.correlation_id)
+        return list(tasks.values())
+
     def _write(self, statement: str, *row: Any, vital: bool = True) -> None:
         if self._journal is not None:
             # The enums are strings, but not of the type that sqlite3 binds.
             plain = tuple(str(value) if isinstance(value, enum.Enum) else value for value in row)
             self._journal.write(statement, plain, vital=vital)
+
+
+def note_of(request: pb.TaskRequest, result: Mapping[str, Any]) -> bytes:
+    """Return what is needed to hand a task's result over, to be kept beside it."""
+    return json.dumps({"request": request.SerializeToString().hex(), "result": dict(result)}).encode()
+
+
+def _task_of(note: bytes) -> KnownTask | None:
+    """Return the task that a note is of; None, and say so, when it cannot be read."""
+    try:
+        said = json.loads(note)
+        request = bytes.fromhex(said["request"])
+        correlation_id = pb.TaskRequest.FromString(request).correlation_id
+        return _known_task((correlation_id, TaskStage.RESULT, request, "", "", json.dumps(said["result"]), None))
+    except (ValueError, KeyError, TypeError, DecodeError) as error:
+        logger.error(  # noqa: TRY400 - the line says it all
+            "what a kept result is of cannot be read (%s: %s)",
+            type(error).__name__,
+            error,
+            extra={"action": "result_unreadable"},
+        )
+        return None
 
 
 def _known_task(row: tuple[Any, ...]) -> KnownTask:

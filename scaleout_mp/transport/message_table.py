@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from scaleout_mp.transport.message import MessageClass, MessageKind, Ticket
+from scaleout_mp.transport.salvage import can_be_read
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +71,7 @@ class MessageTable:
         """Have `then` called on the loop with the records of a lane that follow the one with the id `after`."""
 
         def on_rows(rows: list[tuple[int, str, bytes]]) -> None:
-            then([self._ticket(number, lane, kind, packed) for number, kind, packed in rows if kind in _KINDS])
+            then([ticket for row in rows if (ticket := self._ticket(row[0], lane, *row[1:])) is not None])
 
         self._journal.read(_PAGE, (lane, after, count), on_rows)
 
@@ -78,7 +79,7 @@ class MessageTable:
         """Return the results and statuses that an earlier run left, in order."""
         rows = await self._journal.rows(_LEFT_RESULTS)
         self._forget_unknown({kind for *_, kind, _ in rows})
-        return [self._ticket(number, lane, kind, packed) for number, lane, kind, packed in rows if kind in _KINDS]
+        return [ticket for row in rows if (ticket := self._ticket(*row)) is not None]
 
     async def left_records(self) -> list[LeftRecords]:
         """Return how many records an earlier run left."""
@@ -90,8 +91,22 @@ class MessageTable:
             if kind in _KINDS
         ]
 
-    def _ticket(self, number: int, lane: str, kind: str, packed: bytes) -> Ticket:
-        return Ticket(number, lane, MessageKind[kind], packed, stored=True)
+    def _ticket(self, number: int, lane: str, kind: str, packed: bytes) -> Ticket | None:
+        """Return a message as it was left; None, and forget it, when it cannot be sent."""
+        if kind not in _KINDS:
+            return None
+        ticket = Ticket(number, lane, MessageKind[kind], packed, stored=True)
+        if can_be_read(ticket.kind, packed):
+            return ticket
+        logger.error(
+            "%s has a damaged message (%s %d); it is forgotten",
+            self.path,
+            kind,
+            number,
+            extra={"action": "message_damaged", "task_id": lane},
+        )
+        self.remove(ticket)
+        return None
 
     def _forget_unknown(self, kinds: set[str]) -> None:
         """Forget messages that this version of the package does not know, or that are damaged: they cannot be sent."""

@@ -204,6 +204,35 @@ def test_an_end_that_was_not_told_is_told_by_the_next_start_and_the_task_runs_on
     assert path.read_text() == "run\n"
 
 
+def test_a_result_is_delivered_whose_task_a_damaged_journal_has_lost(net, model_id):
+    with client(net) as program:
+        done = train(net, model_id, steps=5)
+        wait_until(lambda: stage() == ["received"], seconds=20, what="the first task")
+        cut_off = train(net, model_id, steps=5, hang=True)
+        net.faults.add("SendModelMetric", UNAVAILABLE, times=ALWAYS)
+        net.faults.add("Upload", Fault(hang=0))
+        wait_until(lambda: sorted(stage()) == ["received", "result"], seconds=20, what="a result on the disk")
+        kill(program)
+    ((page,),) = ask("SELECT rootpage FROM sqlite_master WHERE name = 'tasks'")
+    journal = folder() / "journal.db"
+    data = journal.read_bytes()
+    journal.write_bytes(data[: (page - 1) * 4096] + bytes(4096) + data[page * 4096 :])
+    net.faults.clear()
+    with client(net) as program:
+        assert cut_off.done(20).status == "FAILED"
+        assert done.done(20).status == "COMPLETED"
+        kill(program)
+    (line,) = [line for line in program.lines if line.startswith("ERROR")]
+    assert "what is known of 0 tasks" in line
+    assert len(net.events.of(UpdateReceived)) == 1
+    assert [len(ends(net, task)) for task in (cut_off, done)] == [1, 1]
+    assert len(metrics(net)) == 10
+    with client(net) as program:
+        kill(program)
+    assert not [line for line in program.lines if line.startswith(("ERROR", "WARNING"))]
+    assert not [*(folder() / "results").iterdir(), *(folder() / "notes").iterdir()]
+
+
 def test_records_that_a_goodbye_could_not_send_are_sent_by_the_next_start(net, model_id):
     with client(net) as program:
         task = train(net, model_id, steps=300, hang=True)

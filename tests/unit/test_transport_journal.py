@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import logging
+import os
+import shutil
 import sqlite3
+import subprocess
+import sys
+import types
 
 import pytest
 
@@ -269,6 +275,84 @@ def test_the_reserve_is_held_again_once_there_is_room_for_a_while(tmp_path):
     assert not lost.give()
 
 
+SMALL_DISK = """
+import asyncio, os, sys
+from scaleout_mp.supervisor.task_journal import TaskJournal
+from scaleout_mp.supervisor.taskbook import TaskStatus
+from scaleout_mp.transport.journal import Journal
+from scaleout_mp.transport.message import MessageKind, Ticket
+from scaleout_mp.wire import edge_pb2 as pb
+
+async def fill(path):
+    journal = Journal(path)
+    await journal.open()
+    held = os.stat(path + "-reserve").st_size
+    tasks = TaskJournal(journal)
+    tasks.received(pb.TaskRequest(correlation_id="task"))
+    lost = []
+    journal.on_lost = lost.extend
+    number = 0
+    while not lost:
+        for number in range(number + 1, number + 101):
+            row = "task", number, os.urandom(900)
+            ticket = Ticket(number, row[0], MessageKind.METRIC, row[2])
+            journal.write("INSERT INTO records VALUES(?, ?, 'METRIC', ?)", row, vital=False, ticket=ticket)
+        await journal.synced()
+    await tasks.ended("task", TaskStatus.COMPLETED, "{}")
+    return held, await journal.synced()
+
+async def known(path):
+    # As after kill -9: the first one was never closed.
+    journal = Journal(path)
+    await journal.open()
+    return [task.stage.value for task in await TaskJournal(journal).known()]
+
+found = []
+for folder in sys.argv[1:]:
+    path = os.path.join(folder, "j")
+    found.append([*asyncio.run(fill(path)), asyncio.run(known(path))])
+print(found, flush=True)
+os._exit(0)
+"""
+
+
+def test_a_disk_that_is_too_small_for_the_whole_reserve_still_takes_the_ends_of_tasks(tmp_path):
+    """Else the next start would tell them once more, and as something else."""
+    small, smaller = tmp_path / "small", tmp_path / "smaller"
+    small.mkdir()
+    smaller.mkdir()
+    mounts = f"mount -t tmpfs -o size=4m none {small} && mount -t tmpfs -o size=1m none {smaller}"
+    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, mounts], capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here: no user namespaces, or no unshare(1)")
+    run = f'{mounts} && exec "$0" -c "$1" {small} {smaller}'
+    done = subprocess.run([*unshare, run, sys.executable, SMALL_DISK], capture_output=True, text=True, check=True)
+    assert ast.literal_eval(done.stdout) == [[SIZE // 2, True, ["ended"]], [SIZE // 8, True, ["ended"]]]
+
+
+def test_the_reserve_is_as_large_as_the_disk_allows_and_grows_with_it(tmp_path, monkeypatch):
+    now, room = [0.0], [SIZE]
+    monkeypatch.setattr(os, "statvfs", lambda path: types.SimpleNamespace(f_bavail=room[0], f_frsize=1))
+    path = tmp_path / "r"
+    reserve = Reserve(str(path), clock=lambda: now[0])
+    reserve.take()
+    assert (reserve.size, path.stat().st_size, reserve.given) == (SIZE // 2, SIZE // 2, False)
+    assert reserve.give()
+    # Not less than was given up: else a disk that fills up again and again would have it dwindle.
+    now[0], room[0] = 3.0, SIZE // 2
+    assert reserve.given
+    now[0], room[0] = 6.0, SIZE
+    assert not reserve.given
+    now[0], room[0] = 40.0, 4 * SIZE
+    assert not reserve.given
+    assert reserve.size == path.stat().st_size == SIZE
+    path.unlink()
+    room[0] = 1000
+    none = Reserve(str(path), clock=lambda: now[0])
+    none.take()
+    assert (none.given, path.exists()) == (True, False)
+
+
 def test_what_is_not_needed_any_more_is_given_back_at_the_end(tmp_path):
     async def scenario():
         async with opened(tmp_path / "j") as journal:
@@ -293,6 +377,107 @@ def test_a_damaged_file_is_put_aside_and_said_so(tmp_path, caplog):
     assert asyncio.run(scenario())
     assert (tmp_path / "journal.db.damaged").read_bytes().startswith(b"this is no database")
     assert "damaged" in caplog.text
+
+
+async def fill_with_everything(path):
+    async with opened(path) as journal:
+        tasks = TaskJournal(journal)
+        for number in range(20):
+            tasks.received(pb.TaskRequest(correlation_id=f"t{number}"))
+        for number in range(1, 201):
+            journal.write(INSERT, (number, pb.Status(status=f"{number}" * 50).SerializeToString()))
+        for number in range(1, 2001):
+            journal.write(RECORD, (f"t{number % 20}", number, packed(metric("m" * 200))[1]), vital=False)
+
+
+async def looked_at(path):
+    async with opened(path) as journal:
+        (counts,) = await journal.rows(
+            "SELECT (SELECT count(*) FROM tasks), (SELECT count(*) FROM results), (SELECT count(*) FROM records)"
+        )
+        assert len(await TaskJournal(journal).known()) == counts[0]
+        return counts
+
+
+PAGE_SIZE = 4096
+
+
+def without_pages(data, *numbers):
+    for number in numbers:
+        data = data[: number * PAGE_SIZE] + os.urandom(PAGE_SIZE) + data[(number + 1) * PAGE_SIZE :]
+    return data
+
+
+@pytest.mark.parametrize(
+    ("damage", "least"),
+    [
+        pytest.param(lambda data: without_pages(data, len(data) // PAGE_SIZE // 2), (20, 200, 1850), id="middle"),
+        pytest.param(
+            lambda data: without_pages(data, *(len(data) // PAGE_SIZE * part // 10 for part in (5, 7, 9))),
+            (20, 180, 1400),
+            id="three-places",
+        ),
+        pytest.param(lambda data: data[: len(data) // 2], (20, 150, 200), id="half"),
+        pytest.param(lambda data: os.urandom(100) + data[100:], (20, 200, 2000), id="header"),
+        pytest.param(lambda data: without_pages(data, 0), (20, 200, 2000), id="first-page"),
+        pytest.param(lambda data: data[:60] + b"    " + data[64:], (20, 200, 2000), id="version"),
+    ],
+)
+def test_what_can_be_read_of_a_damaged_file_is_taken_over_and_told_once(tmp_path, caplog, damage, least):
+    path = tmp_path / "journal.db"
+    asyncio.run(fill_with_everything(path))
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    (tmp_path / "journal.db.damaged").write_bytes(b"of an earlier time")
+    found = asyncio.run(looked_at(path))
+    assert all(count >= wanted for count, wanted in zip(found, least, strict=True)), found
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert f"set aside as {path}.damaged" in line
+    assert f"{found[1]} results and statuses, {found[2]} records" in line
+    assert "\n" not in line
+    assert len((tmp_path / "journal.db.damaged").read_bytes()) >= len(whole) // 2
+    caplog.clear()
+    assert asyncio.run(looked_at(path)) == found
+    assert caplog.records == []
+    assert not list(tmp_path.glob("*.copy*"))
+
+
+def test_a_log_that_was_lost_and_messages_that_are_damaged_are_said(tmp_path, caplog):
+    path = tmp_path / "journal.db"
+
+    async def killed():
+        journal = Journal(str(path))
+        await journal.open()
+        journal.write(INSERT, (1, b"\xff\xff\xff"))
+        journal.write(RECORD, ("t", 2, b"\xff\xff\xff"), vital=False)
+        journal.write(RECORD, ("t", 3, packed(metric("m"))[1]), vital=False)
+        await journal.synced()
+        for name in os.listdir(tmp_path):
+            shutil.copy(tmp_path / name, tmp_path / f"killed-{name}")
+        await journal.aclose()
+
+    async def start(name):
+        calls = Calls()
+        calls.gate.set()
+        async with opened(tmp_path / name) as journal:
+            outbox = box(calls, journal)
+            await outbox.load()
+            assert await outbox.drain(5)
+            await outbox.aclose()
+        return calls.arrived, await looked_at(tmp_path / name)
+
+    asyncio.run(killed())
+    (tmp_path / "other-journal.db").write_bytes((tmp_path / "killed-journal.db").read_bytes())
+    (tmp_path / "other-journal.db-reserve").touch()
+    assert asyncio.run(start("other-journal.db")) == ([], (0, 0, 0))
+    assert "journal.db-wal is gone" in caplog.text
+    caplog.clear()
+    assert asyncio.run(start("killed-journal.db")) == (["m"], (0, 0, 0))
+    assert [record.action for record in caplog.records if record.levelname == "ERROR"] == [
+        "message_damaged",
+        "message_damaged",
+        "records_missing",
+    ]
 
 
 @pytest.mark.parametrize("table", ["results", "records", "tasks"])
@@ -343,6 +528,25 @@ def test_a_folder_that_is_not_there_is_a_state_error(tmp_path):
 
     with pytest.raises(StateError, match="cannot be used"):
         asyncio.run(scenario())
+
+
+def test_a_file_that_this_user_may_not_use_is_a_state_error_and_stays(tmp_path, monkeypatch):
+    """Nobody waits for ever for a thread that has died of it."""
+
+    async def scenario():
+        await asyncio.wait_for(Journal(str(tmp_path / "j")).open(), 10)
+
+    (tmp_path / "j").mkdir()
+    with pytest.raises(StateError, match="j cannot be used: Is a directory"):
+        asyncio.run(scenario())
+    (tmp_path / "j").rmdir()
+    asyncio.run(fill_with_everything(tmp_path / "j"))
+    data = (tmp_path / "j").read_bytes()
+    # root may write whatever the mode says.
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    with pytest.raises(StateError, match=f"is not this user's to read and write: it belongs to user {os.geteuid()}"):
+        asyncio.run(scenario())
+    assert (tmp_path / "j").read_bytes() == data
 
 
 def test_a_file_of_a_newer_version_is_left_alone(tmp_path):
