@@ -379,7 +379,7 @@ with TaskExecutor(sandbox="basic", echo_output=False, scratch_folder=sys.argv[1]
 #: and what to mount. It prints what is gone, what is warned of, and what is left.
 MOUNTING = """
 import ctypes, json, logging, os, sys
-from scaleout_mp.sandbox import namespaces
+from scaleout_mp.sandbox import disk, namespaces
 from scaleout_mp.sandbox.scratch import ScratchFolders
 
 BIND, RECURSIVE, PRIVATE = 0x1000, 0x4000, 0x40000
@@ -406,14 +406,16 @@ open(f"{scratch}/z/own/file", "w").close()
 target = os.path.normpath(f"{scratch}/{place}")
 if what == "other":
     mount("none", target, b"tmpfs", 0)
-    open(f"{target}/kept", "w").close()
+    open(f"{target}/kept", "wb").write(bytes(2 << 20))
 else:
     mount(beside, target, None, BIND)
+use = disk.measure(scratch, [], most=1 << 40)
+measured = {"small": use.size < 1 << 20, "unmeasured": use.unmeasured}
 gone = folders.remove(scratch)
 folders.close()
 mounts = [line.split()[4] for line in open("/proc/self/mountinfo")]
 left = [path for path in mounts if path.startswith(folders.path)]
 inside = sorted(os.listdir(left[0])) if left else None
 names = [name for _, below, _ in os.walk(folders.path) for name in below]
-print(json.dumps({"gone": gone, "warned": warned, "left": left, "inside": inside, "own": "own" in names}))
+print(json.dumps({"gone": gone, "warned": warned, "left": left, "inside": inside, "own": "own" in names, **measured}))
 """

@@ -1,6 +1,6 @@
 """How many bytes of the disk a folder takes, with files in it that have no name any more.
 
-No path is followed and no link: each folder is opened by its parent's descriptor. Facts: inode(7), proc(5).
+No path is followed, no link and no mount: each folder is opened by its parent's descriptor. Facts: inode(7), proc(5).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, Final
 
-from scaleout_mp.sandbox.removal import OPEN
+from scaleout_mp.sandbox.removal import OPEN, mount_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -23,6 +23,7 @@ _ENTRY: Final = 512
 #: Folders within folders that are followed: each holds a descriptor open.
 MOST_DEPTH: Final = 64
 _CLOSED: Final = "folders that cannot be read"
+_OTHER: Final = "another folder that is mounted on it"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -56,6 +57,7 @@ def measure(folder: str, pids: Iterable[int], *, most: int) -> DiskUse:
     """
     use = DiskUse()
     try:
+        mount = _mount_around(folder)
         top = os.open(folder, OPEN)
     except PermissionError:
         use.unmeasured = _CLOSED
@@ -66,7 +68,10 @@ def measure(folder: str, pids: Iterable[int], *, most: int) -> DiskUse:
         # The task has removed it, or put something else in its place.
         return use
     with contextlib.ExitStack() as opened:
-        _walk(top, use, most, opened)
+        if _is_on(mount, top):
+            _walk(top, mount, use, most, opened)
+        else:
+            use.unmeasured = _OTHER
     for pid in pids:
         if use.size > most:
             break
@@ -74,7 +79,7 @@ def measure(folder: str, pids: Iterable[int], *, most: int) -> DiskUse:
     return use
 
 
-def _walk(top: int, use: DiskUse, most: int, opened: contextlib.ExitStack) -> None:
+def _walk(top: int, mount: tuple[bytes, int], use: DiskUse, most: int, opened: contextlib.ExitStack) -> None:
     levels: list[tuple[contextlib.ExitStack, int, Iterator[os.DirEntry[str]]]] = []
 
     def enter(descriptor: int) -> None:
@@ -101,9 +106,32 @@ def _walk(top: int, use: DiskUse, most: int, opened: contextlib.ExitStack) -> No
                 use.unmeasured = f"folders nested more than {MOST_DEPTH} deep"
                 continue
             try:
-                enter(os.open(entry.name, OPEN, dir_fd=descriptor))
+                inner = os.open(entry.name, OPEN, dir_fd=descriptor)
             except PermissionError:
                 use.unmeasured = _CLOSED
+                continue
+            # What is mounted there takes nothing of this folder.
+            if _is_on(mount, inner):
+                enter(inner)
+
+
+def _mount_around(folder: str) -> tuple[bytes, int]:
+    parent = os.open(os.path.dirname(folder), OPEN)
+    try:
+        return mount_of(parent)
+    finally:
+        os.close(parent)
+
+
+def _is_on(mount: tuple[bytes, int], folder: int) -> bool:
+    """Whether an opened folder is on a mount; where it is not, it is closed."""
+    same = False
+    try:
+        same = mount_of(folder) == mount
+    finally:
+        if not same:
+            os.close(folder)
+    return same
 
 
 def _add_nameless(inside: str, pid: int, use: DiskUse) -> None:

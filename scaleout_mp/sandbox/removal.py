@@ -47,7 +47,7 @@ class Removal:
     problem: OSError | None = None
     _lifted: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))
     _count: int = 0
-    #: Where the folder is that is removed, as `_mount_of` has it.
+    #: Where the folder is that is removed, as `mount_of` has it.
     _mount: tuple[bytes, int] = (b"", 0)
 
     def remove(self, name: str, folder: int) -> bool:
@@ -61,7 +61,7 @@ class Removal:
         return not _is_there(name, folder)
 
     def _remove_folder(self, name: str, folder: int) -> None:
-        self._mount = _mount_of(folder)
+        self._mount = mount_of(folder)
         top = self._open_usable(name, folder)
         try:
             self._empty(top)
@@ -150,7 +150,7 @@ class Removal:
         itself = os.open(name, _FOLDER_ITSELF, dir_fd=folder)
         try:
             # First of all: the answer to any question about the folder comes from whoever serves what is mounted.
-            if _mount_of(itself) != self._mount:
+            if mount_of(itself) != self._mount:
                 path = os.readlink(f"/proc/self/fd/{itself}")
                 raise OSError(errno.EXDEV, "something is mounted there, which is left as it is", path)
             usable = os.fstat(itself).st_mode & _USABLE == _USABLE
@@ -223,7 +223,7 @@ def _loosen_file(name: str, folder: int) -> bool:
         os.close(descriptor)
 
 
-def _mount_of(descriptor: int) -> tuple[bytes, int]:
+def mount_of(descriptor: int) -> tuple[bytes, int]:
     """Return what tells the mount that a descriptor is on: its number, or the device where the kernel tells no more.
 
     Folders of one device can be on several mounts, and one mount can show several devices, as with Btrfs.

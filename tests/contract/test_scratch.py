@@ -107,6 +107,7 @@ def test_what_is_mounted_in_it_is_left_and_named(tmp_path, what):
     (beside / "sub").mkdir(parents=True, mode=0o755)
     (beside / "kept").write_text("kept")
     (beside / "sub" / "file").write_text("kept")
+    (beside / "sub" / "large").write_bytes(bytes(2 << 20))
     beside.chmod(0o555)
     command = [sys.executable, "-c", programs.MOUNTING, str(base), str(beside), what]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -118,6 +119,9 @@ def test_what_is_mounted_in_it_is_left_and_named(tmp_path, what):
     assert all("something is mounted there, which is left as it is: " in text for text in seen["warned"])
     assert seen["warned"][-1].endswith(f": {path!r}")
     assert seen["inside"] == (["kept"] if what == "other" else ["kept", "sub"])
+    # What is mounted takes nothing of the task's limit; on top of all, it would hide what the task has.
+    assert seen["small"]
+    assert seen["unmeasured"] == ("another folder that is mounted on it" if what == "top" else "")
     # All the rest of it goes.
     assert not seen["own"]
     assert (beside / "kept").read_text() == (beside / "sub" / "file").read_text() == "kept"
