@@ -64,6 +64,9 @@ async def climb(
     await asyncio.wait([gone], timeout=_SEARCH_AFTER)
     while not gone.done():
         await sweep(tag, group)
+        if group is not None and not gone.done():
+            # Who is to reap it may be held still, by the task.
+            await beside(group.thaw)
         # It may have put on its tag only now: a sweep before that did not see it.
         await asyncio.wait([gone], timeout=0.02)
 

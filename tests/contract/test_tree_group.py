@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import programs
 import pytest
@@ -152,6 +153,30 @@ def test_tasks_are_in_it_and_it_goes_with_the_executor(group):
         task.abort()
         assert TreeGroup.NAME in task.report(10).layers
     assert groups_of(os.getpid(), around) == [group.folder]
+
+
+def hold_still():
+    """Hold still all that this process is in, with all privileges that it has."""
+    own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))[3:]
+    around = next(
+        line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if line.split()[2] == "cgroup2"
+    )
+    Path(f"{around}{own}/cgroup.freeze").write_text("1")
+    programs.wait_for_godot()
+
+
+def test_a_task_that_holds_the_template_still_can_be_aborted(group):
+    with TaskExecutor(echo_output=False, sandbox="none") as executor:
+        task = executor.submit(hold_still, limits=Limits(abort_grace=0))
+        wait_until(lambda: "frozen 1" in own_events(group), what="what is held still")
+        task.abort()
+        assert task.report(10).reason is EndReason.INTERRUPTED_BY_CLIENT
+        assert executor.submit(programs.echo, 1).result(10) == 1
+
+
+def own_events(group):
+    (own,) = set(groups_of(os.getpid(), os.path.dirname(group.folder))) - {group.folder}
+    return "".join(path.read_text() for path in Path(own).glob("template-*/cgroup.events"))
 
 
 def test_nothing_of_it_is_left_of_a_client_that_was_killed(group):
