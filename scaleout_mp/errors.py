@@ -103,6 +103,10 @@ class LauncherError(ScaleoutError):
     """A task process could not be started."""
 
 
+class ImportedForTaskError(ScaleoutError):
+    """A module that is imported for a task runs tasks or a client. Do so below `if __name__ == "__main__":`."""
+
+
 class ChannelError(ScaleoutError):
     """The other end of a control channel is gone."""
 

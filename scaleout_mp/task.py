@@ -5,15 +5,16 @@ Pure vocabulary, shared by supervisor and child: no processes, no sockets.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from scaleout_mp.display import html_table, readable_size
-from scaleout_mp.errors import TaskCrashed, TaskError, TaskFailed, TaskKilled, TaskRefused
+from scaleout_mp.errors import ImportedForTaskError, TaskCrashed, TaskError, TaskFailed, TaskKilled, TaskRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 #: Where each kind of end is explained at length; a fragment names the reason.
 WHY_KILLED_PAGE: Final = "docs/why-was-my-task-killed.md"
@@ -360,3 +361,29 @@ def set_current_task(context: TaskContext | None) -> None:
     """Name the task that this process runs. Called by the child side only."""
     global _current  # noqa: PLW0603 - a process runs one task
     _current = context
+
+
+_loads = 0
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Mark a block in which modules are imported to find a task's callable. Used by the child side only."""
+    global _loads  # noqa: PLW0603 - imports are the process's
+    _loads += 1
+    try:
+        yield
+    finally:
+        _loads -= 1
+
+
+def require_not_loading(what: str) -> None:
+    """Raise ImportedForTaskError where `what` stands at the top level of a module that is imported for a task.
+
+    It would be done again by each process that imports the module, and those that it starts import it as well.
+    """
+    if _loads:
+        raise ImportedForTaskError(
+            f"a module that is imported for a task {what} while it is imported, and would do so in each process again: "
+            'do it in a function, or below `if __name__ == "__main__":`'
+        )

@@ -11,7 +11,7 @@ from scaleout_mp.client.published import stopped
 from scaleout_mp.client.record_logging import RecordLogging
 from scaleout_mp.client.values import checked_callback
 from scaleout_mp.errors import NotConnectedError, StoppedException
-from scaleout_mp.task import current_task
+from scaleout_mp.task import current_task, require_not_loading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -152,6 +152,7 @@ class EdgeClient(RecordLogging, InferenceClient):
     @property
     def _runtime(self) -> EdgeClientRuntime:
         if self._given_runtime is None:
+            require_not_loading("connects or runs a client")
             if not self._has_runtime or current_task() is not None:
                 raise NotConnectedError(
                     "this client lives in a task's process: it logs and checks for an abort, no more. A program that "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -174,6 +175,8 @@ def checked_callback(callback: C, what: str) -> C:
 
 def callback_name(callback: Callable[..., Any] | None) -> str:
     """Return a name by which the user knows the callback."""
+    while isinstance(callback, functools.partial):
+        callback = callback.func
     name = getattr(callback, "__qualname__", None) or type(callback).__qualname__
     module = getattr(callback, "__module__", None)
     return name if module in (None, "__main__") else f"{module}.{name}"

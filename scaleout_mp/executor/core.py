@@ -30,7 +30,7 @@ from scaleout_mp.sandbox import environment
 from scaleout_mp.sandbox.cgroup import MemoryGroups, find_tree_group, remove_left_over
 from scaleout_mp.sandbox.confinement import TEMP_VARIABLES
 from scaleout_mp.sandbox.shield import Shield
-from scaleout_mp.task import AbortOrigin, Record, TaskState
+from scaleout_mp.task import AbortOrigin, Record, TaskState, require_not_loading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -129,7 +129,8 @@ class ExecutorCore:
         self._closing = False
 
     async def start(self) -> None:
-        """Start the launcher and wait until it is ready. Raises LauncherError, and ConfigError."""
+        """Start the launcher and wait until it is ready. Raises LauncherError, ConfigError and ImportedForTaskError."""
+        require_not_loading("runs tasks")
         await self._scratch.open()
         try:
             if self._surroundings.shield:

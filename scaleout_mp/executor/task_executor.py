@@ -18,7 +18,7 @@ from scaleout_mp.executor.states import MAX_STATE
 from scaleout_mp.executor.threads import Threads
 from scaleout_mp.executor.worker_handle import Worker, WorkerOptions, check_isolation, pack_set_up
 from scaleout_mp.ipc import arguments, callables
-from scaleout_mp.task import AbortOrigin, ExitReport, Record, TaskState
+from scaleout_mp.task import AbortOrigin, ExitReport, Record, TaskState, require_not_loading
 
 if TYPE_CHECKING:
     import os
@@ -339,6 +339,8 @@ class TaskExecutor:
             if self._closed:
                 raise RuntimeError("the executor is shut down")
             if self._thread is None:
+                # A process with a thread could not be forked from.
+                require_not_loading("runs tasks")
                 # Before the event loop's own descriptors.
                 standard.fill_missing()
                 ready: concurrent.futures.Future[None] = concurrent.futures.Future()

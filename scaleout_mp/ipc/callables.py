@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 from scaleout_mp.errors import CallbackNotSendable
 from scaleout_mp.ipc import frames, segments
 from scaleout_mp.ipc.frames import Frame, Kind
+from scaleout_mp.task import loading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -128,7 +129,8 @@ class SentCallable:
 
 def _unpickle(parts: Sequence[memoryview]) -> Callable[..., Any]:
     pickled, *buffers = parts
-    loaded: Callable[..., Any] = pickle.loads(pickled, buffers=buffers)
+    with loading():
+        loaded: Callable[..., Any] = pickle.loads(pickled, buffers=buffers)
     return loaded
 
 
@@ -179,6 +181,8 @@ def pickler_class() -> Any:
 def callable_name(function: Any) -> str:
     """Return what people call a callable: `module.qualname`, without `__main__`."""
     inner = getattr(function, "callback", function)
+    while isinstance(inner, functools.partial):
+        inner = inner.func
     name = getattr(inner, "__qualname__", None) or type(inner).__qualname__
     module = getattr(inner, "__module__", None)
     return name if module in {None, "__main__"} else f"{module}.{name}"
@@ -213,6 +217,9 @@ def _captured(value: Any) -> dict[str, Any]:
         captured = {name: cell.cell_contents for name, cell in cells.items() if cell != types.CellType()}
         captured |= {name: value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__}
         return captured | {f"default {index}": default for index, default in enumerate(value.__defaults__ or ())}
+    if isinstance(value, functools.partial):
+        given = {f"argument {index}": argument for index, argument in enumerate(value.args)}
+        return {"function": value.func, **given, **value.keywords, **vars(value)}
     if isinstance(value, Mapping):
         return {f"[{key!r}]": item for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -39,6 +39,7 @@ from scaleout_mp.supervisor.state import opened_state
 from scaleout_mp.task import (
     AbortOrigin,
     Record,
+    require_not_loading,
 )
 
 if TYPE_CHECKING:
@@ -194,6 +195,7 @@ class GrpcEdgeClientRuntime(InferenceRuntime, RecordRuntime):
         token_refresh_callback: Callable[..., None] | None = None,
     ) -> tuple[ConnectToApiResult, Any]:
         """Ask the REST API for a combiner; see EdgeClient."""
+        require_not_loading("connects a client")
         return self._connection.ask_api(self.client, url, json, token, token_refresh_callback)
 
     def init_grpchandler(
@@ -237,6 +239,7 @@ class GrpcEdgeClientRuntime(InferenceRuntime, RecordRuntime):
         folder that was asked for cannot be used, and AuthenticationError when the combiner refuses the client at the
         start.
         """
+        require_not_loading("runs a client")
         network = self._connection.require_network()
         client = self.client
         if not client.client_id:

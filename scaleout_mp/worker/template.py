@@ -27,6 +27,7 @@ from scaleout_mp.ipc.messages import CANNOT_LOAD
 from scaleout_mp.sandbox import pools, probe, process, tree
 from scaleout_mp.sandbox.confinement import Confinement
 from scaleout_mp.sandbox.layers import Layer, Preparation, Rules, prepare
+from scaleout_mp.task import loading
 from scaleout_mp.worker import failures, resident, task
 from scaleout_mp.worker.orphans import Orphans
 from scaleout_mp.worker.script import Script
@@ -159,7 +160,7 @@ class Template:
         if not spawn and fatal is None:
             for module in preload:
                 try:
-                    with self._shared_memory.keeping():
+                    with self._shared_memory.keeping(), loading():
                         importlib.import_module(module)
                 except BaseException as error:  # noqa: BLE001 - a preload is a courtesy; the supervisor logs it
                     problems.append(f"cannot preload {module}: {type(error).__name__}: {error}")

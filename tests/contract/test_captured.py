@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
+import threading
 
 import numpy as np
 import pytest
 
-from scaleout_mp import TaskExecutor
+from scaleout_mp import CallbackNotSendable, TaskExecutor
 from scaleout_mp.ipc import callables
 
 MIB = 1 << 20
@@ -82,3 +84,18 @@ def test_tracebacks_of_what_goes_by_value_have_its_file_and_its_lines(executor):
     report = executor.submit(divide, 0).report(20)
     assert f'File "{__file__}", line {divide.__code__.co_firstlineno + 1}, in divide' in report.traceback
     assert "return 1 / by" in report.traceback
+
+
+def test_what_a_partial_captures_is_named_and_its_function_names_the_task(executor):
+    def scale(by: object, number: int) -> float:
+        return number if by is None else -1
+
+    task = executor.submit(functools.partial(functools.partial(scale), None), 4)
+    assert task.result(20) == 4
+    assert "scale" in task.name
+    with pytest.raises(CallbackNotSendable) as caught:
+        executor.submit(functools.partial(scale, threading.Lock()), 4)
+    assert caught.value.culprit == "argument 0, a _thread.lock"
+    assert "scale" in str(caught.value)
+    with pytest.raises(CallbackNotSendable, match=r"it captures number, a _thread.lock"):
+        executor.submit(functools.partial(scale, None, number=threading.Lock()))
