@@ -131,6 +131,8 @@ class ClientService:
             finally:
                 await self._clean_up()
                 await cancelled(alive)
+                if self.restarts:
+                    self._manager.leave_time()
 
     async def _take_over(self) -> None:
         """Go on with what an earlier run of the client left."""
@@ -288,7 +290,7 @@ class ClientService:
             logger.info("the client is shutting down", extra={"action": "shutting_down"})
             self._manager.stopping()
         else:
-            self._manager.status("restarting")
+            self._manager.restarting()
         farewell = Farewell(
             self._calls,
             self._outbox,

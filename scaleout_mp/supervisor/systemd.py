@@ -6,12 +6,16 @@ import asyncio
 import logging
 import os
 import socket
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 logger = logging.getLogger(__name__)
+
+#: Seconds that a program may take from its start to `ready`.
+_START: Final = 600.0
 
 
 class ServiceManager:
@@ -36,11 +40,29 @@ class ServiceManager:
 
     def ready(self) -> None:
         """Say that the client is up: it takes signals, and tasks as soon as the combiner answers."""
-        self._say(f"READY=1\nSTATUS=connecting\nMAINPID={os.getpid()}")
+        lines = ["READY=1", "STATUS=connecting", f"MAINPID={os.getpid()}"]
+        if self.watches:
+            # A restart has made it longer.
+            lines.append(f"WATCHDOG_USEC={round(self._watched * 1e6)}")
+        self._say("\n".join(lines))
 
     def status(self, text: str) -> None:
         """Say what the client is at, for people."""
         self._say(f"STATUS={text}")
+
+    def restarting(self) -> None:
+        """Say that the client begins anew in the same process, and is up again when it says so."""
+        # The time is for services of the type notify-reload.
+        usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._say(f"RELOADING=1\nMONOTONIC_USEC={usec}\nSTATUS=restarting")
+
+    def leave_time(self) -> None:
+        """Have the watchdog wait for a program that begins anew: it imports and connects before its loop turns.
+
+        The watchdog does not look at a first start; nor would it stop looking for this one.
+        """
+        if self.watches:
+            self._say(f"WATCHDOG=1\nWATCHDOG_USEC={round(max(self._watched, _START) * 1e6)}")
 
     def stopping(self) -> None:
         """Say that the client ends."""

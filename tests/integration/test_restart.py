@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
+import threading
 import time
 from pathlib import Path
 
@@ -36,9 +39,9 @@ def net(tmp_path):
 class Restarting:
     """The script at work, and what the network knows of it."""
 
-    def __init__(self, net, state):
+    def __init__(self, net, state, **environment):
         self.net = net
-        self.program = Program(SCRIPT, net.api_url, state, env=ENVIRONMENT)
+        self.program = Program(SCRIPT, net.api_url, state, env={**ENVIRONMENT, **environment})
 
     def __enter__(self):
         self.program.__enter__()
@@ -76,12 +79,45 @@ class Restarting:
         return line
 
 
+@contextlib.contextmanager
+def manager_at(path):
+    """Give what a service manager hears, message by message; the kernel keeps only ten of them for it."""
+    heard = []
+
+    def listen(manager):
+        while said := manager.recv(4096):
+            heard.append(said.decode().splitlines())
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(path))
+        thread = threading.Thread(target=listen, args=(manager,))
+        thread.start()
+        try:
+            yield heard
+        finally:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
+                last.sendto(b"", str(path))
+            thread.join()
+
+
+def require_a_watchdog_fed(heard, *, pid, starts):
+    """While the loop turns, and given the time of a start in between."""
+    states = [lines[0] for lines in heard if lines[0] in {"READY=1", "RELOADING=1", "STOPPING=1"}]
+    assert states == ["READY=1", *["RELOADING=1", "READY=1"] * (starts - 1)]
+    assert all(f"MAINPID={pid}" in lines and "WATCHDOG_USEC=2000000" in lines for lines in heard if "READY=1" in lines)
+    # Nothing comes between the longer patience and the next start that is ready.
+    longer = [place for place, lines in enumerate(heard) if lines == ["WATCHDOG=1", "WATCHDOG_USEC=600000000"]]
+    assert len(longer) == starts - 1
+    assert all({"READY=1", "WATCHDOG=1"} & set(heard[place + 1]) for place in longer)
+
+
 def told(line):
     return re.fullmatch(r"start \d+ of (\d+) (\[.*\]) with (\[.*\])", line).groups()
 
 
 def test_a_restart_is_the_same_program_in_the_same_process_and_its_end_is_told_by_the_new_one(net, tmp_path):
-    with Restarting(net, tmp_path / "state") as script:
+    told_manager = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "2000000"}
+    with manager_at(tmp_path / "notify") as heard, Restarting(net, tmp_path / "state", **told_manager) as script:
         before = {process.pid for process in script.program.processes()}
         order = script.issue("Scaleout_RestartClient")
         second = script.restarted(2)
@@ -98,6 +134,8 @@ def test_a_restart_is_the_same_program_in_the_same_process_and_its_end_is_told_b
         assert len({event.client_id for event in net.events.of(ClientConnected)}) == 1
         assert not net.events.of(ClientDisconnected)
         assert "run returned" not in script.program.output
+        wait_until(lambda: heard[-1] == ["WATCHDOG=1"], seconds=5, what="a sign of life")
+        require_a_watchdog_fed(heard, pid=script.program.pid, starts=3)
 
 
 def test_it_is_refused_while_another_task_runs_unless_that_may_be_ended(net, tmp_path):

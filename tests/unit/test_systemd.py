@@ -29,6 +29,8 @@ def test_the_manager_hears_of_start_state_and_end(manager):
     assert heard() == "STATUS=connected"
     told.stopping()
     assert heard().splitlines()[0] == "STOPPING=1"
+    told.restarting()
+    assert heard().splitlines()[0] == "RELOADING=1"
     assert not told.watches
 
 
