@@ -103,7 +103,7 @@ def read_assignment(
         try:
             options = GrpcConnectionOptions.from_dict(answer.body)
         except ConfigError as error:
-            return _refused(ConnectToApiResult.UnknownError, str(error))
+            return _refused(ConnectToApiResult.UnknownError, f"{error}: is the API's URL right?")
         client_id = str(answer.body.get("client_id") or payload["client_id"])
         client.set_client_id(client_id)
         if kept is not None:

@@ -20,7 +20,8 @@ def authorized(send: Callable[[Mapping[str, str]], Answer], *, tokens: TokenSour
         return send({})
     token = tokens.access_token()
     answer = send({"Authorization": f"{scheme} {token}"})
-    if answer.status == 401 and tokens.can_refresh:
+    # A page is not the API's word.
+    if answer.status == 401 and not answer.page and tokens.can_refresh:
         tokens.refresh(rejected=token)
         answer = send({"Authorization": f"{scheme} {tokens.access_token()}"})
     return answer

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 REQUEST_TIMEOUT = 10.0
 
 _MAX_SAID = 300
+_LOGIN_WANTED: Final = 511
 _MAY_WANT_CERTIFICATE: Final = (
     "a server that wants a client certificate does this: SCALEOUT_MP_CLIENT_CERT_PATH and SCALEOUT_MP_CLIENT_KEY_PATH "
     "name one"
@@ -88,6 +89,8 @@ class Answer:
     status: int
     #: Decoded JSON; None when the body is not JSON.
     body: Any = dataclasses.field(repr=False)
+    #: Whether it is a page for people: what web servers, proxies and the login pages of networks answer for an API.
+    page: bool = False
     #: What was sent and must not be quoted.
     secrets: tuple[str, ...] = dataclasses.field(default=(), repr=False)
 
@@ -145,14 +148,18 @@ def _ask(verb: str, url: str, *, headers: Mapping[str, str], tls: HttpTls, paylo
         target = urllib.parse.urljoin(url, response.headers["Location"])
         if not _is_same_but_tls(url, target, response.status_code):
             # Followed, a POST would become a GET, or the token would go to somebody else.
-            raise WrongAddressError(f"{shown(url)} sends us to {one_line(shown(target))}: give that address instead")
+            raise WrongAddressError(f"{shown(url)} sends us to {one_line(shown(target))}: {_elsewhere(url, target)}")
         response = _send(verb, target, headers=headers, tls=tls, payload=payload)
     authorization = headers.get("Authorization", "").partition(" ")[2]
     secrets = tuple(filter(None, (authorization, (payload or {}).get("refresh_token"))))
-    answer = Answer(status=response.status_code, body=_decoded(response.text), secrets=secrets)
+    body = _decoded(response.text)
+    page = body is None and response.text.lstrip().startswith("<")
+    answer = Answer(status=response.status_code, body=body, page=page, secrets=secrets)
     if answer.status == requests.codes.too_many_requests or answer.status >= 500:
         said = answer.message(response.reason or "")
-        raise ApiUnavailableError(f"{shown(url)} answered {answer.status} {said}".rstrip())
+        # RFC 6585, 6: "the client needs to authenticate to gain network access".
+        hint = "; log in to this network first" if answer.status == _LOGIN_WANTED else ""
+        raise ApiUnavailableError(f"{shown(url)} answered {answer.status} {said}".rstrip() + hint)
     return answer
 
 
@@ -183,8 +190,10 @@ def _send(
         if _is_not_http(error):
             raise WrongAddressError(f"what listens at {where} does not speak HTTP: is the port right?") from error
         # With TLS 1.3 a server refuses a client's certificate only after the handshake.
-        hung_up = isinstance(_innermost(error), ConnectionResetError) and url.startswith("https")
-        hint = f"; {_MAY_WANT_CERTIFICATE}" if hung_up else ""
+        hung_up = isinstance(_innermost(error), ConnectionResetError)
+        hint = ""
+        if hung_up:
+            hint = f"; {_MAY_WANT_CERTIFICATE}" if url.startswith("https") else "; is it https://?"
         raise ApiUnavailableError(f"no answer from {where}: {_root_cause(error)}{hint}") from error
     except requests.RequestException as error:
         raise TransportError(f"{where}: {_root_cause(error)}") from error
@@ -200,6 +209,21 @@ def _warn_unverified(host: str) -> None:
         host,
         extra={"action": "api_unverified"},
     )
+
+
+def not_the_api(url: str, status: int) -> str:
+    """Return what to say of an answer that is a page for people."""
+    return (
+        f"{shown(url)} answered {status} with a web page, and not as a Scaleout API does: is the API's URL right "
+        "(https:// or http://, and the port), and is there no login page or proxy in between?"
+    )
+
+
+def _elsewhere(url: str, target: str) -> str:
+    ours, theirs = urllib.parse.urlsplit(url), urllib.parse.urlsplit(target)
+    if ours.path == theirs.path:
+        return f"give that server's address instead, {one_line(shown(f'{theirs.scheme}://{theirs.netloc}'))}"
+    return "is it this network's login page? Log in there first; else give the API's own address"
 
 
 def _is_same_but_tls(url: str, target: str, status: int) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from scaleout_mp.errors import ApiUnavailableError, AuthenticationError, ConfigError, TransportError, WrongAddressError
 from scaleout_mp.transport.authorized import authorized
 from scaleout_mp.transport.backoff import Backoff
-from scaleout_mp.transport.http import HttpTls, endpoint, post_json
+from scaleout_mp.transport.http import HttpTls, endpoint, not_the_api, post_json
 
 if TYPE_CHECKING:
     from scaleout_mp.config import Settings
@@ -108,9 +108,16 @@ def _post_authorized(url: str, payload: Mapping[str, Any], settings: Settings, t
 
 def _read_answer(url: str, answer: Answer) -> AssignmentAnswer:
     body = answer.body if isinstance(answer.body, Mapping) else None
+    if answer.page and answer.status not in {200, 404}:
+        # Not the API's refusal: the token may be as good as any.
+        return AssignmentAnswer(outcome=Assignment.WRONG_URL, message=not_the_api(url, answer.status))
     if answer.status == 200:
         if body is None:
-            message = f"{url} answered 200, but not as a Scaleout API does: is the address right?"
+            message = (
+                not_the_api(url, 200)
+                if answer.page
+                else f"{url} answered 200, but not as a Scaleout API does: is the API's URL right?"
+            )
             return AssignmentAnswer(outcome=Assignment.WRONG_URL, message=message)
         return AssignmentAnswer(outcome=Assignment.ASSIGNED, body=body)
     if answer.status == 203:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from scaleout_mp.errors import AuthenticationError, TransportError, WrongAddressError
-from scaleout_mp.transport.http import HttpTls, endpoint, post_json
+from scaleout_mp.transport.http import HttpTls, endpoint, not_the_api, post_json
 
 if TYPE_CHECKING:
     from scaleout_mp.config import Settings
@@ -133,6 +133,9 @@ class TokenApi:
 
 
 def _granted(url: str, answer: Answer, what: str) -> Mapping[str, Any]:
+    if answer.page and answer.status != 404:
+        # Not a refusal: a client at work behind a network's login page must not give its tokens up.
+        raise WrongAddressError(not_the_api(url, answer.status))
     if answer.status in _REFUSALS:
         said = answer.message("no reason given")
         raise AuthenticationError(

@@ -39,6 +39,11 @@ def ask(url, *, tokens=None, settings=SETTINGS):
         (403, "", Assignment.UNAUTHORIZED, "does not allow"),
         (404, "<html>", Assignment.WRONG_URL, "no Scaleout API at http"),
         (200, "<html>hello</html>", Assignment.WRONG_URL, "not as a Scaleout API"),
+        # A web server, or a login page of a hotel: nothing of this is the token's fault.
+        (401, "<!DOCTYPE html><p>Sign in", Assignment.WRONG_URL, "answered 401 with a web page"),
+        (403, " \n<html>", Assignment.WRONG_URL, "is the API's URL right"),
+        (400, "<html>The plain HTTP request was sent to HTTPS port", Assignment.WRONG_URL, "https:// or http://"),
+        (405, "<html>", Assignment.WRONG_URL, "login page or proxy in between"),
         (418, "", Assignment.UNKNOWN, "418"),
     ],
 )
@@ -161,6 +166,20 @@ def test_a_token_refused_by_the_api_is_refreshed_once():
         answer, _ = ask(server.url, tokens=tokens)
     assert answer.outcome is Assignment.ASSIGNED
     assert [authorization for _, authorization, _ in server.asked] == [None, "Bearer a1", None, "Bearer a2"]
+
+
+def test_a_login_page_in_the_way_costs_no_token():
+    for status in (200, 401, 403):
+        with Server((status, "<html>Sign in")) as server:
+            answer, waits = ask(server.url, tokens=token_source("opaque", server.url, settings=SETTINGS))
+            assert (answer.outcome, waits) == (Assignment.WRONG_URL, []), status
+            assert "with a web page" in answer.message
+    with redirecting(302, "http://login.example/?next=x") as server:
+        answer, _ = ask(server.url, tokens=StaticToken("k"))
+    assert "is it this network's login page? Log in there first" in answer.message
+    with Server(*[(511, "<html>")] * 5) as server:
+        answer, _ = ask(server.url)
+    assert answer.message.endswith("log in to this network first")
 
 
 def test_a_spent_refresh_token_is_unauthorized():
