@@ -1,6 +1,7 @@
 """Damaged and hostile models: a ModelError or the same model, never anything else, and never much memory."""
 
 import contextlib
+import functools
 import io
 import tracemalloc
 import zipfile
@@ -105,27 +106,42 @@ def nested(inner: bytes, method: int, metadata: bytes = METADATA) -> bytes:
     return target.getvalue()
 
 
-def bombs(limit: int) -> dict[str, bytes]:
-    """Models that are small until they are opened."""
-    npz = io.BytesIO()
-    np.savez_compressed(npz, **{str(index): np.zeros(limit // 4, np.uint8) for index in range(16)})
-    many = io.BytesIO()
-    np.savez_compressed(many, **{str(index): np.zeros(0) for index in range(1000)})
-    noise = io.BytesIO()
-    np.savez_compressed(noise, **{"0": np.random.default_rng(0).integers(0, 256, limit // 2, np.uint8)})
+def many_entries(limit: int) -> bytes:
     entries = io.BytesIO()
     with zipfile.ZipFile(entries, "w") as archive:
         for index in range(limit // 100):
             archive.writestr(zipfile.ZipInfo(str(index)), b"")
-    return {
-        "many entries": entries.getvalue(),
-        "arrays": nested(npz.getvalue(), zipfile.ZIP_STORED),
-        "arrays in a deflated entry": nested(npz.getvalue(), zipfile.ZIP_DEFLATED),
-        "an entry": nested(bytes(8 * limit), zipfile.ZIP_DEFLATED),
-        "many arrays": nested(many.getvalue(), zipfile.ZIP_DEFLATED),
-        "metadata": nested(b"", zipfile.ZIP_STORED, b'{"a": [' + b"[]," * limit + b"0]}"),
-        "both layers": nested(noise.getvalue(), zipfile.ZIP_DEFLATED),
-    }
+    return entries.getvalue()
+
+
+def many_arrays(_: int) -> bytes:
+    npz = io.BytesIO()
+    np.savez_compressed(npz, **{str(index): np.zeros(0) for index in range(1000)})
+    return nested(npz.getvalue(), zipfile.ZIP_DEFLATED)
+
+
+def arrays_that_swell(limit: int, method: int) -> bytes:
+    npz = io.BytesIO()
+    np.savez_compressed(npz, **{str(index): np.zeros(limit // 4, np.uint8) for index in range(16)})
+    return nested(npz.getvalue(), method)
+
+
+def noise_in_both_layers(limit: int) -> bytes:
+    npz = io.BytesIO()
+    np.savez_compressed(npz, **{"0": np.random.default_rng(0).integers(0, 256, limit // 2, np.uint8)})
+    return nested(npz.getvalue(), zipfile.ZIP_DEFLATED)
+
+
+#: Makers of models that are small until they are opened.
+BOMBS = {
+    "many entries": many_entries,
+    "arrays": functools.partial(arrays_that_swell, method=zipfile.ZIP_STORED),
+    "arrays in a deflated entry": functools.partial(arrays_that_swell, method=zipfile.ZIP_DEFLATED),
+    "an entry": lambda limit: nested(bytes(8 * limit), zipfile.ZIP_DEFLATED),
+    "many arrays": many_arrays,
+    "metadata": lambda limit: nested(b"", zipfile.ZIP_STORED, b'{"a": [' + b"[]," * limit + b"0]}"),
+    "both layers": noise_in_both_layers,
+}
 
 
 def use(memory: SealedMemory, limits: ContainerLimits) -> None:
@@ -134,10 +150,10 @@ def use(memory: SealedMemory, limits: ContainerLimits) -> None:
         model.get_training_model()
 
 
-@pytest.mark.parametrize("name", bombs(1 << 10))
+@pytest.mark.parametrize("name", BOMBS)
 def test_memory_stays_within_twice_the_limit(name):
     limit = 8 << 20
-    data = bombs(limit)[name]
+    data = BOMBS[name](limit)
     assert len(data) <= limit
     memory = SealedMemory.of(data)
     limits = ContainerLimits(max_size=limit, max_inflated=limit, max_arrays=500, max_metadata=1 << 16)
