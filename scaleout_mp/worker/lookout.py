@@ -59,7 +59,7 @@ class _Tree:
 
     def look(self, adopted: list[int], channel: ChildChannel) -> None:
         """Count, and kill at once when it is over the limit; `adopted` are orphans, of this tree or others."""
-        started = time.monotonic()
+        started, worked = time.monotonic(), time.process_time()
         # Where nobody is any more, the number may be another's.
         roots = [pid for pid in dict.fromkeys([self.pid, *adopted]) if tree.wears(pid, self.tag)]
         pids = [pid for root in roots for pid in memory.descendants(root)]
@@ -77,7 +77,8 @@ class _Tree:
         if self.memory.peak >= self._told + _NEWS_SIZE and now > self._tell_from and not self.over:
             self._told, self._tell_from = self.memory.peak, now + _NEWS
             channel.send(frames.encode(Kind.USE, self.tag, self.memory.now, self.memory.peak))
-        cost = now - started - self.memory.measuring
+        # Its own work: while this process waits for a processor, the tree may have one, and grow.
+        cost = time.process_time() - worked - self.memory.measuring
         if cost > _DEAR:
             self.due = now + min(_LONGEST, 4 * cost)
         else:

@@ -13,7 +13,9 @@ import pytest
 from observing import wait_until
 
 from scaleout_mp import EndReason, Limits, TaskExecutor
+from scaleout_mp.sandbox import tree
 from scaleout_mp.sandbox.cgroup import MemoryGroups
+from scaleout_mp.worker import lookout
 
 MIB = 1 << 20
 
@@ -137,3 +139,12 @@ def test_the_guardian_alone_may_run_before_others(executor):
     may = resource.getrlimit(limit)[0] or os.geteuid() == 0
     wanted = os.SCHED_FIFO if may else os.SCHED_OTHER
     assert os.sched_getscheduler(executor._core._launcher.pid) & ~os.SCHED_RESET_ON_FORK in {wanted, os.SCHED_OTHER}
+
+
+def test_the_wait_for_a_processor_puts_off_no_look(monkeypatch):
+    tag = tree.new_tag()
+    watched = lookout._Tree(os.getpid(), tag, 1 << 40, 0)
+    monkeypatch.setattr(lookout.tree, "wears", lambda pid, worn: (pid, worn) == (os.getpid(), tag))
+    monkeypatch.setattr(watched.memory, "look", lambda _: time.sleep(0.2))
+    watched.look([], channel=None)
+    assert watched.due - time.monotonic() < 0.05
