@@ -143,7 +143,7 @@ def test_the_guardian_alone_may_run_before_others(executor):
 
 def test_the_wait_for_a_processor_puts_off_no_look(monkeypatch):
     tag = tree.new_tag()
-    watched = lookout._Tree(os.getpid(), tag, 1 << 40, 0)
+    watched = lookout._Tree(os.getpid(), tag, 1, 0)
     monkeypatch.setattr(lookout.tree, "wears", lambda pid, worn: (pid, worn) == (os.getpid(), tag))
     monkeypatch.setattr(watched.memory, "look", lambda _: time.sleep(0.2))
     watched.look([], channel=None)
