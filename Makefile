@@ -5,7 +5,7 @@ COMPAT11 := .venv-compat-1.1
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all faults chaos lint format bench fuzz protos docs-check clean
+.PHONY: help install environments demo test test-all faults chaos lint format bench fuzz protos docs-check clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
@@ -43,6 +43,9 @@ $(COMPAT11)/.done: | .venv/bin/python
 		fi; \
 	done; echo "no Python 3.12 or 3.13 for scaleout 1.1.0: its tests will be skipped"; touch $@
 
+# With -j 3 at the same time: each of them waits for its downloads.
+environments: .venv/.dev $(COMPAT)/.done $(COMPAT11)/.done
+
 demo: .venv/.demo  ## Run a federated session on this machine, with tasks that misbehave
 	$(BIN)/scaleout-mp demo
 
@@ -50,8 +53,8 @@ demo: .venv/.demo  ## Run a federated session on this machine, with tasks that m
 test test-all faults chaos: export PYTHONDONTWRITEBYTECODE :=
 
 # Two at a time: most of them wait. Many measure time, so what failed beside others has to hold alone.
-test: .venv/.dev  ## Run the tests
-	@$(MAKE) --no-print-directory -j 2 $(COMPAT)/.done $(COMPAT11)/.done
+test:  ## Run the tests
+	@$(MAKE) --no-print-directory -j 3 environments
 	@$(BIN)/python -m compileall -q -j 0 scaleout_mp
 	$(BIN)/python -m pytest -n 2 --dist worksteal || \
 		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none
