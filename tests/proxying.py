@@ -23,7 +23,7 @@ class Proxy:
             def do_CONNECT(self):
                 outer.tunnels.append(self.path)
                 if refuses:
-                    self.send_error(403)
+                    self.send_error(403 if refuses is True else refuses)
                     return
                 host, port = self.path.rsplit(":", 1)
                 with socket.create_connection((host.strip("[]"), int(port))) as far:
@@ -34,6 +34,9 @@ class Proxy:
 
             def do_POST(self):
                 outer.requests.append(self.path)
+                if refuses:
+                    self.send_error(403 if refuses is True else refuses)
+                    return
                 parts = urllib.parse.urlsplit(self.path)
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 far = http.client.HTTPConnection(parts.netloc)

@@ -12,7 +12,7 @@ from scaleout_mp.supervisor.blocking import run_blocking
 from scaleout_mp.supervisor.given_token import GivenToken
 from scaleout_mp.transport.backoff import Backoff
 from scaleout_mp.transport.calls import CombinerCalls
-from scaleout_mp.transport.channel import CallCredentials, GrpcTls, open_channel
+from scaleout_mp.transport.channel import CallCredentials, GrpcTls, open_channel, proxy_of
 from scaleout_mp.transport.diagnosis import tls_trouble
 from scaleout_mp.transport.link import LinkWatch
 from scaleout_mp.transport.rest import Assignment, AssignmentAnswer, request_assignment
@@ -121,7 +121,8 @@ class Connection:
         except ScaleoutError as error:
             self._options = None
             tls = "on" if self._secure(config) else "off"
-            where = f"{config.host}:{config.port} (TLS {tls})"
+            way = proxy_of(config.host, config.port, secure=self._secure(config))
+            where = f"{config.host}:{config.port} (TLS {tls}{f', through the proxy {way}' if way else ''})"
             raise TransportError(f"cannot use the combiner at {where}: {error}") from error
 
     async def _check_version(self, client: EdgeClient) -> None:

@@ -133,17 +133,26 @@ def proxy_options(host: str, port: int, *, secure: bool) -> list[tuple[str, Any]
     """
     if any(os.environ.get(name) for name in _GRPC_PROXY_VARIABLES):
         return []
-    url = f"{'https' if secure else 'http'}://{target_of(host, port)}"
-    proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url))
+    proxy = _proxy(host, port, secure=secure)
     if not proxy:
         return [("grpc.enable_http_proxy", 0)]
-    proxy = proxy if "://" in proxy else f"http://{proxy}"
     if not proxy.startswith("http://"):
         raise ConfigError(
             f"the combiner cannot be reached through {shown(proxy)}: gRPC needs a proxy that starts with http://; "
             "NO_PROXY names hosts that need none"
         )
     return [("grpc.http_proxy", proxy)]
+
+
+def proxy_of(host: str, port: int, *, secure: bool) -> str:
+    """Return the proxy that the environment names for this address, without its password; empty for none."""
+    return shown(os.environ.get(_GRPC_PROXY_VARIABLES[0]) or _proxy(host, port, secure=secure))
+
+
+def _proxy(host: str, port: int, *, secure: bool) -> str:
+    url = f"{'https' if secure else 'http'}://{target_of(host, port)}"
+    proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)) or ""
+    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
 
 
 def open_channel(host: str, port: int, *, secure: bool, tls: GrpcTls | None = None) -> grpc.aio.Channel:

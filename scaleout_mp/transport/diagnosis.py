@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 
 #: Seconds for each step of a look.
 _PATIENCE: Final = 5.0
+#: By OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID, _CERT_HAS_EXPIRED, _HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH.
+_HINTS: Final = {
+    9: "is this machine's clock right?",
+    10: "its owner has to renew it, unless this machine's clock is wrong",
+    62: "the certificate is for another host",
+    64: "the certificate is for another host",
+}
 _OUR_CERTIFICATE: Final = "SCALEOUT_MP_CLIENT_CERT_PATH and SCALEOUT_MP_CLIENT_KEY_PATH"
 
 
@@ -35,17 +42,15 @@ def tls_trouble(host: str, port: int, *, secure: bool, tls: GrpcTls) -> str | No
 def _with_tls(connection: socket.socket, host: str, port: int, tls: GrpcTls) -> str | None:
     address = target_of(host, port)
     shown = tls.certificate is not None
+    said = ""
     try:
         with tls.context().wrap_socket(connection, server_hostname=host.strip("[]")) as secured:
             # With TLS 1.3 a server refuses a client's certificate only after the handshake; else it speaks first.
             if secured.recv(1):
                 return None
     except ssl.SSLCertVerificationError as error:
-        names = error.verify_code in {_HOSTNAME_MISMATCH, _ADDRESS_MISMATCH}
-        hint = (
-            "the certificate is for another host"
-            if names
-            else "SCALEOUT_GRPC_ROOT_CERT_PATH names the file of a root certificate of your own"
+        hint = _HINTS.get(
+            error.verify_code, "SCALEOUT_GRPC_ROOT_CERT_PATH names the file of a root certificate of your own"
         )
         return f"the certificate of {address} is not accepted: {error.verify_message}; {hint}"
     except ssl.SSLError as error:
@@ -53,10 +58,12 @@ def _with_tls(connection: socket.socket, host: str, port: int, tls: GrpcTls) -> 
             return f"the combiner at {address} does not speak TLS; SCALEOUT_GRPC_SECURE=false does without"
         if "ALERT" not in error.reason:
             return f"the TLS handshake with {address} failed: {error.reason}"
+        said = " ".join(error.reason.partition("ALERT_")[2].lower().split("_"))
     except ConnectionResetError:
         pass
     if shown:
-        return f"the combiner at {address} does not accept the certificate of {_OUR_CERTIFICATE}"
+        why = f": {said}" if said else ""
+        return f"the combiner at {address} does not accept the certificate of {_OUR_CERTIFICATE}{why}"
     return f"the combiner at {address} wants a client certificate; {_OUR_CERTIFICATE} name one"
 
 
@@ -70,8 +77,3 @@ def _without_tls(connection: socket.socket, host: str, port: int) -> str | None:
             return f"the combiner at {target_of(host, port)} speaks TLS; SCALEOUT_GRPC_SECURE=true uses it"
     except OSError:
         return None
-
-
-#: X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH of OpenSSL's x509_vfy.h.
-_HOSTNAME_MISMATCH: Final = 62
-_ADDRESS_MISMATCH: Final = 64

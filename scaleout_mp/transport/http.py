@@ -27,6 +27,8 @@ REQUEST_TIMEOUT = 10.0
 
 _MAX_SAID = 300
 _LOGIN_WANTED: Final = 511
+_PASSWORD_WANTED: Final = 407
+_PROXY_ADVICE: Final = "it wants a name and a password: HTTPS_PROXY=http://name:password@host:port has them"
 _MAY_WANT_CERTIFICATE: Final = (
     "a server that wants a client certificate does this: SCALEOUT_MP_CLIENT_CERT_PATH and SCALEOUT_MP_CLIENT_KEY_PATH "
     "name one"
@@ -152,6 +154,8 @@ def _ask(verb: str, url: str, *, headers: Mapping[str, str], tls: HttpTls, paylo
         response = _send(verb, target, headers=headers, tls=tls, payload=payload)
     authorization = headers.get("Authorization", "").partition(" ")[2]
     secrets = tuple(filter(None, (authorization, (payload or {}).get("refresh_token"))))
+    if response.status_code == _PASSWORD_WANTED:
+        raise ApiUnavailableError(f"the proxy does not lead to {shown(url)}: {_PROXY_ADVICE}")
     body = _decoded(response.text)
     page = body is None and response.text.lstrip().startswith("<")
     answer = Answer(status=response.status_code, body=body, page=page, secrets=secrets)
@@ -185,7 +189,9 @@ def _send(
     except requests.exceptions.SSLError as error:
         raise TransportError(_tls_advice(where, _root_cause(error))) from error
     except requests.exceptions.ProxyError as error:
-        raise ApiUnavailableError(f"the proxy does not lead to {where}: {_root_cause(error)}") from error
+        cause = _root_cause(error)
+        hint = f"; {_PROXY_ADVICE}" if str(_PASSWORD_WANTED) in cause else ""
+        raise ApiUnavailableError(f"the proxy does not lead to {where}: {cause}{hint}") from error
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
         if _is_not_http(error):
             raise WrongAddressError(f"what listens at {where} does not speak HTTP: is the port right?") from error
@@ -237,6 +243,8 @@ def _tls_advice(where: str, cause: str) -> str:
     advice = {
         "hostname mismatch": "the certificate is for another host: use the name that it is for",
         "ip address mismatch": "the certificate is for another host: use the name that it is for",
+        "certificate has expired": "its owner has to renew it, unless this machine's clock is wrong",
+        "certificate is not yet valid": "is this machine's clock right?",
         "certificate required": _MAY_WANT_CERTIFICATE,
         "certificate_verify_failed": "for a root certificate of your own set REQUESTS_CA_BUNDLE to its file",
         "eof occurred": _MAY_WANT_CERTIFICATE,

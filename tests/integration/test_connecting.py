@@ -29,6 +29,8 @@ from scaleout_mp.localnet.events import (
     TokenRefreshed,
     TokenRefused,
 )
+from scaleout_mp.supervisor import connecting
+from scaleout_mp.transport import rest
 from scaleout_mp.transport.calls import CombinerCalls
 from scaleout_mp.transport.channel import CallCredentials, GrpcTls, open_channel
 from scaleout_mp.transport.token_api import TokenApi
@@ -48,6 +50,7 @@ def authorities(tmp_path_factory):
         server=ours.for_server(),
         client=ours.for_client("edge"),
         stranger=other.for_client("edge"),
+        expired=ours.for_client("expired", days=-0.001),
         elsewhere=CertificateAuthority(folder / "elsewhere"),
     )
 
@@ -279,6 +282,8 @@ def options_of(net, *, secure):
         ("elsewhere", {"root": "elsewhere"}, "IP address mismatch"),
         ("mutual", {"root": "root"}, "wants a client certificate; SCALEOUT_MP_CLIENT_CERT_PATH"),
         ("mutual", {"root": "root", "client": "stranger"}, "does not accept the certificate"),
+        ("mutual", {"root": "root", "client": "expired"}, "does not accept the certificate"),
+        ("expired", {"root": "elsewhere"}, "has expired; its owner has to renew it, unless this machine's clock"),
     ],
 )
 def test_tls_that_cannot_work_is_said_at_once(tmp_path, authorities, server, settings, says, caplog):
@@ -286,6 +291,7 @@ def test_tls_that_cannot_work_is_said_at_once(tmp_path, authorities, server, set
         "plain": lambda: None,
         "tls": lambda: ServerTls(own=authorities.server),
         "elsewhere": lambda: ServerTls(own=authorities.elsewhere.for_server(["elsewhere.example"])),
+        "expired": lambda: ServerTls(own=authorities.elsewhere.for_server(days=-0.001)),
         "mutual": lambda: ServerTls(own=authorities.server, clients_from=authorities.root_path),
     }
     root = {
@@ -429,6 +435,26 @@ def test_without_tls_the_proxy_for_http_counts(tmp_path, monkeypatch):
             pass
     assert proxy.requests == [f"{net.api_url}/api/v1/clients/add"]
     assert set(proxy.tunnels) == {net.combiner_address}
+
+
+def test_a_proxy_that_wants_another_password_is_named_without_it(monkeypatch, caplog):
+    with Proxy(refuses=407) as proxy:
+        for variable in ("HTTP_PROXY", "HTTPS_PROXY"):
+            monkeypatch.setenv(variable, proxy.url.replace("//", "//user:secret@"))
+        monkeypatch.setattr(rest, "TRIES", 1)
+        monkeypatch.setattr(connecting, "_VERSION_TRIES", 2)
+        client = EdgeClient(runtime=GrpcEdgeClientRuntime(settings=quick()))
+        for url in ("https://api.example", "http://api.example"):
+            result, message = client.connect_to_api(url, {"name": "n"})
+            assert result is not ConnectToApiResult.Assigned
+            assert "it wants a name and a password: HTTPS_PROXY=" in message
+        client.set_client_id("c")
+        assert client.init_grpchandler(GrpcConnectionOptions("combiner.example", 443, grpc_secure=True)) is False
+        line = lines(caplog)[-1]
+        assert f"combiner.example:443 (TLS on, through the proxy {proxy.url})" in line
+        assert "code 407" in line
+    assert "secret" not in caplog.text
+    assert {"api.example:443", "combiner.example:443"} == set(proxy.tunnels)
 
 
 @pytest.mark.parametrize("scheme", ["https", "socks5"])
