@@ -43,7 +43,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         """Ask the model."""
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        try:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)))
+        except ValueError as error:
+            self._answer(400, {"error": f"no JSON: {error}"})
+            return
         try:
             answer = self.server.client.run_inference(self.server.model_id, request)
             self._answer(200, {**answer, "digits": answer["digits"].tolist()})

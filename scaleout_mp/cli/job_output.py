@@ -43,7 +43,8 @@ def check_output(path: Path) -> None:
     if path.suffix not in _KINDS:
         raise ConfigError(f"--output {path}: its name must end in {', '.join(_KINDS[:-1])} or {_KINDS[-1]}")
     folder = path.parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    # Of os.path: where a folder above is closed to this user, pathlib raises.
+    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise ConfigError(f"--output {path}: no file can be written there")
 
 

@@ -14,7 +14,7 @@ from scaleout_mp.model.checksums import crc32
 from scaleout_mp.model.container import DEFAULT_LIMITS, NO_LIMITS, Container, ContainerLimits
 from scaleout_mp.model.deflate import COMPRESSIONS, Compression, sample_of
 from scaleout_mp.model.entry_sink import EntrySink
-from scaleout_mp.model.helpers import Helper, get_helper
+from scaleout_mp.model.helpers import Helper, get_helper, require_helper
 from scaleout_mp.model.memfd import DEFAULT_MAX_SIZE, MappedBytes, MemoryFile, MemoryWriter, SealedMemory
 from scaleout_mp.model.scaleout_model import ScaleoutModel
 from scaleout_mp.model.zip_reader import ArchiveLimits
@@ -137,7 +137,8 @@ class ScaleoutModelBuilder:
         return self
 
     def set_helper(self, helper: Helper) -> Self:
-        """Choose the helper that writes and reads the weights."""
+        """Choose the helper that writes and reads the weights. Raises TypeError when it is none."""
+        require_helper(helper, "save", "load")
         self._helper = helper
         return self
 
@@ -148,7 +149,7 @@ class ScaleoutModelBuilder:
     def set_training_model(self, model_params: Any, helper: Helper | None = None) -> Self:
         """Replace the weights. They are read when the model is built, an iterator's for one model only."""
         if helper is not None:
-            self._helper = helper
+            self.set_helper(helper)
         self._weights = model_params
         self._weights_used = False
         return self

@@ -11,7 +11,7 @@ from scaleout_mp.errors import ModelFormatError
 from scaleout_mp.model import container as layout
 from scaleout_mp.model.container import DEFAULT_LIMITS, Container, ContainerLimits
 from scaleout_mp.model.files import replace_and_open
-from scaleout_mp.model.helpers import Helper, get_helper
+from scaleout_mp.model.helpers import Helper, get_helper, require_helper
 from scaleout_mp.model.memfd import MappedBytes, SealedMemory, is_sealed
 from scaleout_mp.model.streams import ViewStream
 
@@ -178,6 +178,7 @@ class ScaleoutModel:
     def get_training_model(self, helper: Helper | None = None) -> Any:
         """Return the weights; numpyhelper's are read-only arrays, to be copied before a change."""
         helper = helper or self._helper or self._helper_from_metadata()
+        require_helper(helper, "load")
         with self.get_training_model_stream() as stream:
             return helper.load(stream)
 

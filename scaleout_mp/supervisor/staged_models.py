@@ -142,7 +142,11 @@ class StagedModels:
 
     async def _open_cached(self, model: ScaleoutModel, model_id: str) -> StagedModel:
         def is_cached(staged: StagedModel) -> bool:
-            return staged.is_made_of(model) and os.path.exists(self._path(model_id))
+            try:
+                return staged.is_made_of(model) and os.path.exists(self._path(model_id))
+            except OSError:
+                # There can be no cache; who puts it there says so.
+                return False
 
         async with self._lock(model_id):
             staged = self._staged.get(model_id)

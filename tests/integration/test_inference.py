@@ -287,6 +287,9 @@ def test_a_cache_that_cannot_be_written_costs_only_the_copy(start, model, tmp_pa
     client.stage_model(model).close()
     assert client.run_inference(model.model_id, {"number": 1})["number"] == 1
     assert "cannot be kept in the model cache" in caplog.text
+    # Nor when it is there already, in memory.
+    client.stage_model(model).close()
+    assert client.run_inference(model.model_id, {"number": 2})["number"] == 2
 
 
 def test_a_damaged_file_in_the_cache_is_not_served(start, model, tmp_path):

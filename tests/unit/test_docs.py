@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+MANUAL = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
+PAGES = [*MANUAL, ROOT / "CHANGELOG.md"]
 
 
 def anchors(page: Path) -> set[str]:
@@ -32,7 +33,7 @@ def test_what_is_looked_for_is_found():
     assert len(named_files(ROOT / "docs" / "design.md")) > 100
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for target in targets(page):
         if target.startswith("http"):
@@ -44,7 +45,7 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(linked), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_are_named_exist(page):
     for name in named_files(page):
         assert (ROOT / "scaleout_mp" / name).exists() or (ROOT / name).exists(), f"{page.name} names {name}"

@@ -344,3 +344,13 @@ def test_a_helper_of_ones_own():
     helper.name = 5
     with pytest.raises(TypeError, match="must be a string, not int"):
         register_helper(helper)
+
+
+def test_the_name_of_a_helper_is_no_helper():
+    with pytest.raises(TypeError, match=r"'numpyhelper' is no helper.*get_helper\('numpyhelper'\) gives the one"):
+        ScaleoutModel.from_training_model([np.ones(2)], "numpyhelper")
+    with ScaleoutModel.from_training_model([np.ones(2)]) as model:
+        with pytest.raises(TypeError, match="get_helper"):
+            model.get_training_model("numpyhelper")
+        with pytest.raises(TypeError, match="5 is no helper"):
+            model.to_builder().set_helper(5)

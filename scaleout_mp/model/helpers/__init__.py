@@ -37,6 +37,13 @@ def get_helper(name: str) -> Helper:
     return helper
 
 
+def require_helper(helper: Helper, *methods: str) -> None:
+    """Raise TypeError when something has not these methods of a helper; a name is none, for one."""
+    if not all(callable(getattr(helper, method, None)) for method in methods):
+        known = f": get_helper({helper!r}) gives the one of that name" if isinstance(helper, str) else ""
+        raise TypeError(f"{helper!r} is no helper, which has the methods save and load{known}")
+
+
 for _helper in (NumpyHelper(), BinaryHelper(), AndroidHelper()):
     register_helper(_helper)
 
@@ -49,4 +56,5 @@ __all__ = [
     "Target",
     "get_helper",
     "register_helper",
+    "require_helper",
 ]
