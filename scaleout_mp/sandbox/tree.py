@@ -37,6 +37,8 @@ _SHORTEST_PAUSE: Final = 0.001
 _LONGEST_PAUSE: Final = 0.004
 #: Seconds of killing one after the other before all that could fork meanwhile are held still.
 _CHASE: Final = 0.03
+#: Of the flags in /proc/PID/stat.
+_PF_EXITING: Final = 0x4
 
 #: Seconds that resource trackers have to clean up, counted from the first kill.
 TRACKER_GRACE: Final = 0.5
@@ -93,6 +95,16 @@ def _state(pid: int) -> bytes:
     except OSError:
         return b"X"
     return stat[stat.rindex(b")") + 2 : stat.rindex(b")") + 3]
+
+
+def _is_leaving(pid: int) -> bool:
+    """Whether a process is dead, or giving back what it had: it forks no more."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            stat = file.read()
+    except OSError:
+        return True
+    return bool(int(stat[stat.rindex(b")") + 2 :].split()[6]) & _PF_EXITING)
 
 
 def _is_zombie(pid: int) -> bool:
@@ -208,6 +220,7 @@ def kill_tagged(tag: int, *, group: TreeGroup | None = None, seconds: float = 10
     hang in the kernel or fork faster than they are killed.
     """
     started = time.monotonic()
+    seen: set[int] = set()
     killed: set[int] = set()
     clean = 0
     pause = _SHORTEST_PAUSE
@@ -226,7 +239,10 @@ def kill_tagged(tag: int, *, group: TreeGroup | None = None, seconds: float = 10
             doomed = [pid for pid in found if not is_tracker(pid)]
         before = len(killed)
         killed.update(pid for pid in doomed if signal_process(pid, tag, signal.SIGKILL))
-        if group is not None and time.monotonic() > started + _CHASE:
+        news = not seen.issuperset(found)
+        seen.update(found)
+        # Not for those who only take their time to go: others would stand still for them.
+        if group is not None and news and time.monotonic() > started + _CHASE:
             killed.update(kill_held(tag, group, gentle=gentle))
         if time.monotonic() > started + seconds:
             raise TimeoutError(f"processes {found} are still there {seconds:g} s after SIGKILL")
@@ -239,7 +255,12 @@ def kill_tagged(tag: int, *, group: TreeGroup | None = None, seconds: float = 10
 
 
 def kill_held(tag: int, group: TreeGroup, *, gentle: bool) -> list[int]:
-    """Hold a whole group still and kill who wears the tag in it; return them. `gentle`: not who may be a tracker."""
+    """Hold a whole group still and kill who wears the tag in it; return them. `gentle`: not who may be a tracker.
+
+    Nobody is held still where all who wear it are on their way out.
+    """
+    if all(_is_leaving(pid) for pid in _wearers(tag, group)):
+        return []
     return group.kill(lambda pid: wears(pid, tag) and not (gentle and is_tracker(pid)))
 
 

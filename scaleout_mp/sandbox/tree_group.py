@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 #: Seconds for all processes to stand still; who hangs in the kernel does not, and does not fork either.
-_STANDSTILL: Final = 0.1
+_STANDSTILL: Final = 0.05
 _LOOK_EVERY: Final = 0.0005
 #: Seconds that a group may stay busy after its last process is gone.
 _BUSY: Final = 0.5

@@ -126,6 +126,19 @@ def test_the_tag_and_the_group_find_all_but_others(group, chains):
         other.kill()
 
 
+def test_nobody_is_held_still_for_those_who_only_take_their_time_to_go(group, monkeypatch):
+    tag = tree.new_tag()
+    with start_sleeper(group, tag) as sleeper:
+        assert not tree._is_leaving(sleeper.pid)
+        with monkeypatch.context() as patch:
+            patch.setattr(tree, "_is_leaving", lambda pid: pid == sleeper.pid)
+            patch.setattr(TreeGroup, "still", None)
+            assert tree.kill_held(tag, group, gentle=False) == []
+        assert tree.kill_held(tag, group, gentle=False) == [sleeper.pid]
+        assert sleeper.wait(5) == -signal.SIGKILL
+        assert tree._is_leaving(sleeper.pid)
+
+
 def test_a_signal_goes_to_those_with_the_tag(group):
     tag = tree.new_tag()
     with start_sleeper(group, tag) as wearer, start_sleeper(group) as other:
