@@ -19,6 +19,7 @@ from scaleout_mp.transport.message_table import MessageTable
 from scaleout_mp.transport.sending import Sender
 from scaleout_mp.transport.stock import BOUNDS, Bound, Stock
 from scaleout_mp.transport.tally import OutboxCounts, Refusals, Tally
+from scaleout_mp.transport.turns import UNDER_WAY, Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Mapping
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-#: Calls under way at once, over all tasks, and how many more there may be for results.
-UNDER_WAY: Final = 64
-RESULTS_BESIDE: Final = 8
 #: A call that fails by itself is soon made again; a link that is down gets one call of each task now and then.
 RETRIES: Final = Backoff(first=0.05, cap=5.0)
 
@@ -62,15 +60,10 @@ class Outbox:
         self._bounds = bounds
         self._retries = retries
         self._on_refused = on_refused
-        self._limits = dict.fromkeys(MessageClass, under_way)
-        # Results never wait until a record's call comes back.
-        self._limits[MessageClass.RESULT] += RESULTS_BESIDE
+        self._turns = Turns(under_way)
         self._lanes: dict[str, Lane] = {}
-        #: Lanes that may send, by what they would send; those whose turn is next come first. Checked when picked.
-        self._ready: dict[MessageClass, dict[Lane, None]] = {rank: {} for rank in MessageClass}
         self._senders: set[asyncio.Task[None]] = set()
         self._waits: set[asyncio.TimerHandle] = set()
-        self._busy = 0
         self._stock = Stock()
         self._pace = pace or Pace()
         self._tally = Tally()
@@ -173,9 +166,7 @@ class Outbox:
         if lane.wants_page and self._table is not None:
             lane.fetching, epoch = True, lane.epoch
             self._table.fetch(lane.name, lane.read_to, PAGE, lambda found: self._on_page(lane, epoch, found))
-        rank = lane.next_rank()
-        if rank is not None:
-            self._ready[rank].setdefault(lane)
+        self._turns.note(lane)
 
     def _on_page(self, lane: Lane, epoch: int, found: list[Ticket]) -> None:
         if epoch != lane.epoch or self._closed:
@@ -199,35 +190,22 @@ class Outbox:
 
     def _pump(self) -> None:
         """Start another sender when there is something for it to send."""
-        if self._closed or len(self._senders) >= self._limits[MessageClass.RESULT]:
+        if self._closed or len(self._senders) >= self._turns.most:
             return
-        if any(lanes and self._busy < self._limits[rank] for rank, lanes in self._ready.items()):
+        if self._turns.any:
             sender = asyncio.get_running_loop().create_task(self._send())
             self._senders.add(sender)
             sender.add_done_callback(self._senders.discard)
 
-    def _pick(self) -> tuple[Lane, Ticket] | None:
-        for rank, lanes in self._ready.items():
-            while lanes and self._busy < self._limits[rank]:
-                lane = next(iter(lanes))
-                del lanes[lane]
-                if lane.next_rank() is rank:
-                    ticket = lane.take()
-                    # At the end: the lanes take turns.
-                    self._touch(lane)
-                    return lane, ticket
-                self._touch(lane)
-        return None
-
     async def _send(self) -> None:
-        while (found := self._pick()) is not None:
+        while (found := self._turns.pick(self._touch)) is not None:
             lane, ticket = found
-            self._busy += 1
+            self._turns.busy += 1
             try:
                 self._pump()
                 await self._attempt(lane, ticket)
             finally:
-                self._busy -= 1
+                self._turns.busy -= 1
             self._touch(lane)
 
     async def _attempt(self, lane: Lane, ticket: Ticket) -> None:
