@@ -17,7 +17,7 @@ from scaleout_mp.client.logging_context import logging_of_task
 from scaleout_mp.client.options import ConnectToApiResult, GrpcConnectionOptions
 from scaleout_mp.client.values import inference_payload
 from scaleout_mp.compat import published
-from scaleout_mp.errors import NotConnectedError, StoppedException
+from scaleout_mp.errors import ConfigError, NotConnectedError, StoppedException
 from scaleout_mp.task import RecordContext, current_task
 
 if TYPE_CHECKING:
@@ -191,9 +191,15 @@ def as_known_to(client: Any, result: ConnectToApiResult) -> Any:
 
 
 def options_from(config: Any) -> GrpcConnectionOptions:
-    """Return ours for connection options of either package."""
+    """Return ours for connection options of either package. Raises ConfigError when it is something else."""
     if isinstance(config, GrpcConnectionOptions):
         return config
+    if not hasattr(config, "host") or not hasattr(config, "port"):
+        # Of its content nothing: it may be anything, a token for one.
+        raise ConfigError(
+            "init_grpchandler takes the GrpcConnectionOptions that connect_to_api gives with "
+            f"ConnectToApiResult.Assigned, not a {type(config).__name__}: look at its result first"
+        )
     return GrpcConnectionOptions(
         host=config.host,
         port=int(config.port),

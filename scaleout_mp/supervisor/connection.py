@@ -110,12 +110,14 @@ class Connection:
     ) -> None:
         """Keep where the combiner is and ask it whether it takes this client; blocks.
 
-        Raises TransportError, which says in one line which combiner will not do and why.
+        Raises TransportError, which says in one line which combiner will not do and why, and ConfigError when `config`
+        is none.
         """
+        config = published.options_from(config)
         try:
             self._token.take(token, url, on_refresh, client=client)
             self._api_url = url or self._api_url
-            self._options = config = published.options_from(config)
+            self._options = config
             if self._settings.check_version:
                 run_blocking(lambda: self._check_version(client))
         except ScaleoutError as error:

@@ -349,6 +349,13 @@ class TestRuntime:
         assert "client_version" not in assignment_payload(client, None, Settings(check_version=False))
         assert assignment_payload(EdgeClient(), None, Settings())["client_id"]
 
+    @pytest.mark.parametrize("answer", ["gave up after 5 tries: SECRET", None, {"host": "h"}])
+    def test_what_came_instead_of_options_is_not_taken_for_some(self, answer):
+        client = EdgeClient(runtime=GrpcEdgeClientRuntime(settings=Settings()))
+        with pytest.raises(ConfigError, match="look at its result first") as caught:
+            client.init_grpchandler(answer)
+        assert "SECRET" not in str(caught.value)
+
     def test_logging_and_running_before_connecting(self, caplog):
         runtime = GrpcEdgeClientRuntime(settings=Settings())
         client = EdgeClient(runtime=runtime)
