@@ -95,8 +95,8 @@ fuzz: .venv/.fuzz  ## Feed the model reader invented bytes for a minute
 protos: $(COMPAT)/.done  ## Generate the message code anew from protos/
 	$(COMPAT)/bin/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. protos/scaleout_mp/wire/edge.proto
 
-docs-check: .venv/.dev  ## Check that what the docs refer to exists
-	$(BIN)/python -m pytest -q tests/unit/test_docs.py
+docs-check: .venv/.dev  ## Check that what the docs refer to exists, and what they show runs
+	$(BIN)/python -m pytest -q tests/unit/test_docs.py tests/unit/test_docs_blocks.py
 
 clean:  ## Remove environments and caches
 	rm -rf .venv $(COMPAT) $(COMPAT11) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -272,7 +272,8 @@ class TaskExecutor:
         require_kind(Limits, limits=limits)
         require_kind(Resources, resources=resources)
         options = WorkerOptions(name=name, processes=processes, idle_time=idle_time)
-        made = Worker(self, options.spec(pack_set_up(set_up, args, kwargs)), limits, resources)
+        spec = options.spec(pack_set_up(set_up, args, kwargs))
+        made = Worker(self, spec, limits, resources, set_up=set_up)
         with self._lock:
             self._workers.append(made)
         return made

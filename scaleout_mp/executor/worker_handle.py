@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import TYPE_CHECKING, Any, Literal
 
 from scaleout_mp.config.limits import parse_seconds
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
     from scaleout_mp.config import Limits, Resources
     from scaleout_mp.executor.task_executor import Task, TaskExecutor
+
+logger = logging.getLogger(__name__)
 
 Isolation = Literal["task", "worker"]
 
@@ -58,9 +61,17 @@ class Worker:
     """
 
     def __init__(
-        self, executor: TaskExecutor, spec: WorkerSpec, limits: Limits | None, resources: Resources | None
+        self,
+        executor: TaskExecutor,
+        spec: WorkerSpec,
+        limits: Limits | None,
+        resources: Resources | None,
+        *,
+        set_up: Callable[..., Any] | None,
     ) -> None:
         self._executor = executor
+        #: None also once there was something to say about it.
+        self._set_up = set_up
         self._limits = limits
         self._resources = resources
         self.spec = spec
@@ -72,6 +83,17 @@ class Worker:
 
     def submit(self, function: Callable[..., Any], /, *args: Any, name: str | None = None, **kwargs: Any) -> Task:
         """Order `function(*args, **kwargs)` in this worker; see TaskExecutor.submit."""
+        if self._set_up is not None and (copied := callables.copied_globals(self._set_up, function)):
+            logger.warning(
+                "worker %s: %s and %s are of the script itself and go there one by one, each with a copy of %s: "
+                "what the first puts there, the second does not find. Put both into a module, see docs/isolation.md",
+                self.name,
+                callables.callable_name(self._set_up),
+                callables.callable_name(function),
+                ", ".join(copied),
+                extra={"action": "globals_copied"},
+            )
+            self._set_up = None
         return self._executor.submit(
             function, *args, name=name, limits=self._limits, resources=self._resources, worker=self, **kwargs
         )

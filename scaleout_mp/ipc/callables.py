@@ -7,6 +7,7 @@ is held nor once more for each process that gets them.
 from __future__ import annotations
 
 import dataclasses
+import dis
 import functools
 import hashlib
 import io
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 _OUT_OF_BAND: Final = 1 << 14
 #: What cloudpickle puts where the name of a code's file was.
 _NO_FILE: Final = "<dynamic-code>"
+#: What a function can fill without an assignment.
+_CONTAINERS: Final = (list, dict, set)
 
 
 class OutOfBand:
@@ -186,6 +189,30 @@ def callable_name(function: Any) -> str:
     name = getattr(inner, "__qualname__", None) or type(inner).__qualname__
     module = getattr(inner, "__module__", None)
     return name if module in {None, "__main__"} else f"{module}.{name}"
+
+
+def copied_globals(first: Callable[..., Any], then: Callable[..., Any]) -> list[str]:
+    """Return the globals of a script that its function `first` seems to fill for another one, `then`.
+
+    Where the two are sent one by one, each takes a copy along: what the first puts there, the other does not find.
+    """
+    filling, using = _plain_function(first), _plain_function(then)
+    if filling is None or using is None or filling.__globals__ is not using.__globals__:
+        return []
+    names = filling.__globals__
+    if names.get("__name__") != "__main__":
+        # Of a module, both find the one that is imported there.
+        return []
+    stored = {step.argval for step in dis.get_instructions(filling) if step.opname == "STORE_GLOBAL"}
+    empty = {name for name in filling.__code__.co_names if isinstance(names.get(name), _CONTAINERS) and not names[name]}
+    return sorted((stored | empty) & set(using.__code__.co_names))
+
+
+def _plain_function(function: Any) -> types.FunctionType | None:
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    return function if isinstance(function, types.FunctionType) else None
 
 
 def one_line(error: BaseException) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 
@@ -99,3 +101,55 @@ def test_what_a_partial_captures_is_named_and_its_function_names_the_task(execut
     assert "scale" in str(caught.value)
     with pytest.raises(CallbackNotSendable, match=r"it captures number, a _thread.lock"):
         executor.submit(functools.partial(scale, None, number=threading.Lock()))
+
+
+SCRIPT = """
+from scaleout_mp import TaskExecutor
+
+SCALE = 3
+loaded, other, model = [], [], None
+
+def load(value):
+    global model
+    loaded.append(value * SCALE)
+    model = value
+
+def predict():
+    return loaded, model, SCALE
+
+def scaled():
+    return SCALE, other
+
+if __name__ == "__main__":
+    with TaskExecutor() as executor:
+        worker = executor.worker("predictor", set_up=load, args=(5,))
+        print(worker.submit(scaled).result(20))
+        for _ in range(2):
+            print(worker.submit(predict).result(20))
+"""
+
+
+def test_globals_of_a_script_that_a_set_up_fills_for_nobody_are_told_once(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines()[0] == "(3, [])"
+    (line,) = done.stderr.splitlines()
+    assert "load and predict are of the script itself" in line
+    assert "a copy of loaded, model: what" in line
+
+
+def test_globals_of_a_module_are_the_same_for_all():
+    assert callables.copied_globals(fill, look) == []
+
+
+FILLED = []
+
+
+def fill():
+    FILLED.append(1)
+
+
+def look():
+    return FILLED
