@@ -40,12 +40,17 @@ class TokenCache:
         self,
         folder: Path,
         *given: str,
+        spare: Path | None = None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Keep in `folder` what was had for `given`: address, token, and who uses it."""
+        """Keep in `folder` what was had for `given`: address, token, and who uses it.
+
+        `spare` is the file of another cache that is nobody's yet: the first who has nothing makes it its own.
+        """
         digest = hashlib.sha256("\0".join(given).encode()).hexdigest()[:32]
         self._folder = folder
+        self._spare = spare
         self.path = folder / f"scaleout-mp-{digest}.json"
         self._sleep = sleep
         self._clock = clock
@@ -92,6 +97,10 @@ class TokenCache:
 
     def load(self) -> TokenSet | None:
         """Return what was kept; None when there is nothing, or nothing that can be trusted."""
+        if self._spare is not None and not os.path.lexists(self.path):
+            # At once or not at all: of two clients that find it, one has it.
+            with contextlib.suppress(OSError):
+                os.rename(self._spare, self.path)
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:

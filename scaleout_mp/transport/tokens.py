@@ -257,6 +257,9 @@ def token_source(
     if settings.persist_tokens:
         folder = token_folder(settings)
         # Each client that enrolls with one token is a client of its own.
-        who = (client_id or "", name or "", "" if client_id else slot) if enrolls(token) else ()
+        who = (client_id or "", name or "") if enrolls(token) else ()
         cache = TokenCache(folder, api.address, token, *who)
+        if who and slot and not client_id:
+            # Who was enrolled before its first start has no slot yet.
+            cache = TokenCache(folder, api.address, token, *who, slot, spare=cache.path)
     return RefreshedToken(token, api, cache=cache, name=name, client_id=client_id, on_refresh=on_refresh)

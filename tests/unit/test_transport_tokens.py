@@ -494,3 +494,12 @@ def test_settings_say_what_goes_together():
         Settings(client_cert_path="c.pem")
     env = {"SCALEOUT_TOKEN_CACHE_DIR": "/t", "SCALEOUT_PERSIST_TOKENS": "no"}
     assert (Settings.from_environ(env).token_cache_dir, Settings.from_environ(env).persist_tokens) == ("/t", False)
+
+
+def test_an_enrollment_made_ahead_is_the_first_clients_that_starts(tmp_path):
+    ahead = TokenCache(tmp_path, "given")
+    clients = [TokenCache(tmp_path, "given", slot, spare=ahead.path) for slot in ("0", "1")]
+    assert [client.load() for client in clients] == [None, None]
+    with ahead.locked():
+        ahead.store(TokenSet(access="a", refresh="r", obtained_at=1, expires_at=2, client_id="c"))
+    assert [client.load() is not None for client in (clients[1], clients[0], clients[1])] == [True, False, True]
