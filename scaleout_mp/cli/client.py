@@ -166,15 +166,13 @@ def enroll(
     """  # noqa: D301 - click reads the \b
     from scaleout_mp.client import EdgeClient
     from scaleout_mp.config import Settings
-    from scaleout_mp.supervisor.connecting import signers_of
-    from scaleout_mp.supervisor.connection import Connection
+    from scaleout_mp.supervisor.given_token import GivenToken
 
     address = complete_address(api_url, api_port)
     edge = EdgeClient()
     wanted = {key: value for key, value in (("name", name), ("client_id", client_id)) if value}
-    settings = Settings.from_environ()
-    connection = Connection(settings, signers=signers_of(settings), state_dir=settings.state_dir)
-    source = connection.enroll(edge, address, wanted, token)
+    given = GivenToken(Settings.from_environ())
+    source = given.take(token, address, None, client=edge, given=wanted)
     if source is None or not source.access_token():
         raise TransportError(f"{address} gave no access token")
     given_id = getattr(source, "client_id", None) or client_id

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from scaleout_mp.model import ScaleoutModel
     from scaleout_mp.supervisor.state import KeptId
     from scaleout_mp.transport.signatures import TrustedSigners
-    from scaleout_mp.transport.tokens import TokenSource
 
 
 class Connection:
@@ -83,9 +82,16 @@ class Connection:
         """Ask the REST API for a combiner; blocks. Returns what `EdgeClient.connect_to_api` returns."""
         self._api_url = url
         payload = connecting.assignment_payload(client, json, self._settings)
-        slot = self._take_slot(client, json, payload, url, token)
+        if not (client.client_id or (json or {}).get("client_id")):
+            self._kept_id = connecting.propose_kept_id(self._kept_id, payload, url, root=self._state_dir)
+            if token and enrolls(token) and self._kept_id is None:
+                # The server gives the id, and tells clients by their tokens: no other may have those meanwhile.
+                self._slot = connecting.token_slot(self._slot, payload, url, settings=self._settings)
+        held = self._kept_id or self._slot
         try:
-            tokens = self._token.take(token, url, on_refresh, client=client, given=json, slot=slot)
+            tokens = self._token.take(
+                token, url, on_refresh, client=client, given=json, slot="" if held is None else held.slot
+            )
             answer = request_assignment(url, payload, settings=self._settings, tokens=tokens)
         except ConfigError as error:
             answer = AssignmentAnswer(outcome=Assignment.WRONG_URL, message=str(error))
@@ -93,24 +99,6 @@ class Connection:
             answer = AssignmentAnswer(outcome=Assignment.UNAUTHORIZED, message=str(error))
         result, given = connecting.read_assignment(answer, payload, client, self._kept_id)
         return published.as_known_to(client, result), given
-
-    def enroll(self, client: EdgeClient, url: str, json: dict[str, Any], token: str) -> TokenSource | None:
-        """Return the source of tokens that `ask_api` will have, given the same, at the next start of the client."""
-        payload = connecting.assignment_payload(client, json, self._settings)
-        slot = self._take_slot(client, json, payload, url, token)
-        return self._token.take(token, url, None, client=client, given=json, slot=slot)
-
-    def _take_slot(
-        self, client: EdgeClient, json: dict[str, Any] | None, payload: dict[str, Any], url: str, token: str | None
-    ) -> str:
-        """Take what a client without an id has to itself, its kept id, which `payload` gets, or else a slot."""
-        if not (client.client_id or (json or {}).get("client_id")):
-            self._kept_id = connecting.propose_kept_id(self._kept_id, payload, url, root=self._state_dir)
-            if token and enrolls(token) and self._kept_id is None:
-                # The server gives the id, and tells clients by their tokens: no other may have those meanwhile.
-                self._slot = connecting.token_slot(self._slot, payload, url, settings=self._settings)
-        held = self._kept_id or self._slot
-        return "" if held is None else held.slot
 
     def ask_combiner(
         self,
