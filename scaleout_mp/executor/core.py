@@ -381,12 +381,12 @@ class ExecutorCore:
                 execution.kill()
         await self.wait_idle()
         await self._residents.aclose()
-        await self._launcher.close()
         await self._let_go(at_once=kill)
         self._states.close()
         self._relay.close()
 
     async def _let_go(self, *, at_once: bool = False) -> None:
+        await self._launcher.close()
         tree_group, self._tree_group = self._tree_group, None
         if tree_group is not None:
             try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
+import os
 import threading
 import uuid
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -12,16 +12,16 @@ from scaleout_mp.config import Limits, Resources, Surroundings
 from scaleout_mp.config.checks import require_kind
 from scaleout_mp.executor import standard
 from scaleout_mp.executor.core import PRELOAD, ExecutorCore, check_order
+from scaleout_mp.executor.loop_thread import LoopThread
 from scaleout_mp.executor.record_queue import RecordQueue
 from scaleout_mp.executor.residents import IDLE_SECONDS
 from scaleout_mp.executor.states import MAX_STATE
-from scaleout_mp.executor.threads import Threads
 from scaleout_mp.executor.worker_handle import Worker, WorkerOptions, check_isolation, pack_set_up
 from scaleout_mp.ipc import arguments, callables
 from scaleout_mp.task import AbortOrigin, ExitReport, Record, TaskState, require_not_loading
 
 if TYPE_CHECKING:
-    import os
+    import asyncio
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from scaleout_mp.config import Sandbox
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from scaleout_mp.executor.template import StartMethod
     from scaleout_mp.executor.worker_handle import Isolation
     from scaleout_mp.ipc.callables import PreparedCallable
+
+_ELSEWHERE: Final = "the executor belongs to the process that this one was forked from; make one here"
 
 #: Seconds for killing what runs, when nobody wants to wait.
 _KILL_SECONDS: Final = 5.0
@@ -46,6 +48,7 @@ class Task:
         #: What runs, for people.
         self.name = name
         self._loop = loop
+        self._pid = os.getpid()
         #: None before the loop has heard of the task, and once it is over: both refer to each other, and the result
         #: would stay until the next collection.
         self._execution: Execution | None = None
@@ -88,14 +91,20 @@ class Task:
         Raises TaskFailed, TaskCrashed, TaskKilled or TaskRefused, each with the ExitReport as `report`, and
         TimeoutError when the task is not over after `timeout` seconds; the task then goes on.
         """
-        outcome = self._outcome.result(timeout)
+        outcome = self._wait(timeout)
         if outcome.report.completed:
             return outcome.value
         raise outcome.report.to_error()
 
     def report(self, timeout: float | None = None) -> ExitReport:
         """Wait for the end, whatever it is, and return its report. Raises TimeoutError."""
-        return self._outcome.result(timeout).report
+        return self._wait(timeout).report
+
+    def _wait(self, timeout: float | None) -> Outcome:
+        if self._pid != os.getpid() and not self.done():
+            # A fork of the program has no thread that would ever hear of the end.
+            raise RuntimeError(_ELSEWHERE)
+        return self._outcome.result(timeout)
 
     def abort(self, reason: str = "") -> None:
         """Ask the task to stop; it is killed when its grace is over. Returns at once."""
@@ -185,13 +194,18 @@ class TaskExecutor:
         check_isolation(isolation)
         self._isolation = isolation
         self._workers: list[Worker] = []
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._thread: LoopThread | None = None
         self._closed = False
-        self._lock = threading.Lock()
+        # A signal handler may shut it down where the code that it interrupts holds this.
+        self._lock = threading.RLock()
 
     def __enter__(self) -> Self:
-        self._open()
+        try:
+            self._open()
+        except BaseException:
+            # Ctrl-C between the start and here: `with` does not call `__exit__` then.
+            self.shutdown(abort=True)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -280,8 +294,8 @@ class TaskExecutor:
 
     def retire_worker(self, name: str) -> None:
         """End the processes of a worker that have nothing to do."""
-        if self._loop is not None and not self._closed:
-            self._loop.call_soon_threadsafe(self._core.retire_worker, name)
+        if self._thread is not None and not self._closed:
+            self._thread.loop.call_soon_threadsafe(self._core.retire_worker, name)
 
     def _worker_spec(self, worker: str | Worker | None, call: PreparedCallable) -> WorkerSpec | None:
         if isinstance(worker, Worker):
@@ -300,34 +314,34 @@ class TaskExecutor:
         return self._core.missing_layers
 
     def shutdown(self, *, abort: bool = False) -> None:
-        """Wait for running tasks, or abort them first, and end the template. Later calls do nothing."""
-        with self._lock:
-            if self._closed or self._thread is None:
-                self._closed = True
-                return
-            self._closed = True
-        assert self._loop is not None
-        closing = asyncio.run_coroutine_threadsafe(self._close(abort=abort), self._loop)
+        """Wait for running tasks, or abort them first, and end the template. Later calls do nothing.
+
+        Nor do those of a fork of this process: what runs is not its own.
+        """
+        thread = None
         try:
-            closing.result()
+            with self._lock:
+                before, self._closed = self._closed, True
+                thread = None if before or self._thread is None or self._thread.is_elsewhere else self._thread
+            if thread is not None:
+                thread.run(self._close(abort=abort))
         except KeyboardInterrupt:
             # While it waits for tasks: stop them, and see that through.
-            self._stop_tasks()
+            if thread is not None:
+                self._stop_tasks(thread)
             raise
         finally:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            for worker in self._workers:
-                worker.close()
+            if thread is not None:
+                thread.close()
+                for worker in self._workers:
+                    worker.close()
 
-    def _stop_tasks(self) -> None:
-        assert self._loop is not None
+    def _stop_tasks(self, thread: LoopThread) -> None:
         try:
-            asyncio.run_coroutine_threadsafe(self._core.aclose("Ctrl-C"), self._loop).result()
+            thread.run(self._core.aclose("Ctrl-C"))
         except KeyboardInterrupt:
             # Again: no more grace.
-            killing = asyncio.run_coroutine_threadsafe(self._core.aclose("Ctrl-C", kill=True), self._loop)
-            killing.result(_KILL_SECONDS)
+            thread.run(self._core.aclose("Ctrl-C", kill=True), _KILL_SECONDS)
             raise
 
     async def _close(self, *, abort: bool) -> None:
@@ -335,35 +349,32 @@ class TaskExecutor:
             await self._core.wait_idle()
         await self._core.aclose()
 
+    async def _end(self) -> None:
+        await self._core.aclose("interrupted", kill=True)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the executor is shut down")
+
     def _open(self) -> asyncio.AbstractEventLoop:
         with self._lock:
-            if self._closed:
-                raise RuntimeError("the executor is shut down")
+            if self._thread is not None and self._thread.is_elsewhere:
+                raise RuntimeError(_ELSEWHERE)
+            self._require_open()
             if self._thread is None:
                 # A process with a thread could not be forked from.
                 require_not_loading("runs tasks")
                 # Before the event loop's own descriptors.
                 standard.fill_missing()
-                ready: concurrent.futures.Future[None] = concurrent.futures.Future()
-                self._thread = threading.Thread(target=self._run, args=(ready,), name="scaleout-executor", daemon=True)
-                self._thread.start()
+                thread = LoopThread(start=self._core.start, end=self._end)
                 try:
-                    ready.result()
+                    thread.open()
+                    # It may be by now: by a signal handler.
+                    self._require_open()
+                    self._thread = thread
                 except BaseException:
+                    # Ctrl-C, say, after which nobody has an executor to shut down.
                     self._closed = True
+                    thread.give_up()
                     raise
-        assert self._loop is not None
-        return self._loop
-
-    def _run(self, ready: concurrent.futures.Future[None]) -> None:
-        # The template's death signal is bound to the thread that starts it: this one, which lives as long as needed.
-        with asyncio.Runner() as runner:
-            self._loop = runner.get_loop()
-            self._loop.set_default_executor(Threads())
-            try:
-                runner.run(self._core.start())
-            except Exception as error:  # noqa: BLE001 - it is raised in the thread that opened the executor
-                ready.set_exception(error)
-                return
-            ready.set_result(None)
-            self._loop.run_forever()
+            return self._thread.loop
