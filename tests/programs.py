@@ -384,3 +384,33 @@ def take_signals():
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     return TakesSignals()
+
+
+def raise_for_a_child_that_is_too_large():
+    """Have a child take more than the limit, and raise as soon as that has died of it."""
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        allocate()
+    raise RuntimeError(f"the child ended with {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}")
+
+
+def memory_error_in_a_group():
+    """Do as asyncio.TaskGroup does with what its tasks raise."""
+    raise ExceptionGroup("tasks", [ValueError(), ExceptionGroup("more", [MemoryError()])])
+
+
+def memory_error_as_a_cause():
+    """Raise an error of one's own for it, as libraries do."""
+    try:
+        bytearray(1 << 50)
+    except MemoryError as error:
+        raise ValueError("cannot load the data") from error
+
+
+def memory_error_that_is_got_over():
+    """Go on with less, and fail for another reason."""
+    try:
+        bytearray(1 << 50)
+    except MemoryError:
+        raise ValueError("no data") from None

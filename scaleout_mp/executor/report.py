@@ -134,14 +134,25 @@ def _conclude_unasked(seen: Evidence) -> tuple[EndReason, str]:
             if refused is not None:
                 return refused
         first_line = seen.failure.message.strip().partition("\n")[0]
-        return EndReason.FAILED, f"raised {seen.failure.error_type}: {first_line}".rstrip(": ")
+        raised = f"raised {seen.failure.error_type}: {first_line}".rstrip(": ")
+        if seen.killed_by_kernel:
+            # The task was told of the end of a child before anybody here was: that is what it raised.
+            return (
+                EndReason.MEMORY_LIMIT,
+                f"{_over_memory(seen)}; the kernel killed one of its processes, and it {raised}",
+            )
+        return EndReason.FAILED, raised
     if seen.killed_by_kernel:
-        limit, peak = readable_size(seen.memory_limit), readable_size(seen.peak_memory)
-        return EndReason.MEMORY_LIMIT, f"passed its memory limit of {limit} (peak {peak}); killed by the kernel"
+        return EndReason.MEMORY_LIMIT, f"{_over_memory(seen)}; killed by the kernel"
     if seen.launcher_problem is not None:
         ran = seen.start_method is not None or seen.heard
         return EndReason.CRASHED if ran else EndReason.REFUSED, seen.launcher_problem
     return _conclude_signal(seen) or (EndReason.CRASHED, _crash_message(seen))
+
+
+def _over_memory(seen: Evidence) -> str:
+    limit, peak = readable_size(seen.memory_limit), readable_size(seen.peak_memory)
+    return f"passed its memory limit of {limit} (peak {peak})"
 
 
 def _conclude_signal(seen: Evidence) -> tuple[EndReason, str] | None:

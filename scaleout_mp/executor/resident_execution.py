@@ -297,6 +297,9 @@ class ResidentExecution(Execution):
         if seen.failure is not None and seen.failure.refused is not None and seen.stop is None:
             # It ran into a limit: what it holds may be why.
             return False
+        if self._process.tree is not None and self._process.tree.killed_by_kernel():
+            # A child of it that is: the next task would be taken for the one that passed the limit.
+            return False
         if seen.stop is None:
             return True
         return seen.stop.reason in _INTERRUPTIONS and seen.stopped_by in {None, StopStage.ABORT}

@@ -5,16 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import traceback
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from scaleout_mp.errors import ScaleoutError
 from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.frames import Kind
 from scaleout_mp.ipc.messages import Refusal
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 #: Longest traceback and error message that are sent, in characters.
 MAX_TRACEBACK: Final = 1 << 16
 MAX_MESSAGE: Final = 1 << 12
+
+#: Errors that are looked at, of a group of thousands say.
+_MOST_CAUSES: Final = 1000
 
 #: Where frames of a traceback are left out: users look for their own code.
 _PACKAGE: Final = os.path.dirname(os.path.dirname(__file__))
@@ -106,16 +112,33 @@ def _is_ours(path: str) -> bool:
 
 
 def _refused(error: BaseException) -> str | None:
-    """Say which resource the kernel refused, when that is what was raised."""
-    number = OSError.__dict__["errno"].__get__(error) if isinstance(error, OSError) else None
-    text = describe(error) if isinstance(error, RuntimeError) else ""
-    if isinstance(error, MemoryError) or number == errno.ENOMEM or "allocate memory" in text:
-        # The last is torch, which raises RuntimeError.
-        return Refusal.MEMORY
-    if number == errno.EFBIG:
-        return Refusal.FILE_SIZE
-    if number == errno.EMFILE:
-        return Refusal.OPEN_FILES
-    if "start new thread" in text:
-        return Refusal.PIDS
+    """Say which resource the kernel refused, when that is what was raised, or why it was."""
+    for one in _with_causes(error):
+        number = OSError.__dict__["errno"].__get__(one) if isinstance(one, OSError) else None
+        text = describe(one) if isinstance(one, RuntimeError) else ""
+        if isinstance(one, MemoryError) or number == errno.ENOMEM or "allocate memory" in text:
+            # The last is torch, which raises RuntimeError.
+            return Refusal.MEMORY
+        if number == errno.EFBIG:
+            return Refusal.FILE_SIZE
+        if number == errno.EMFILE:
+            return Refusal.OPEN_FILES
+        if "start new thread" in text:
+            return Refusal.PIDS
     return None
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, those of a group, and what it was raised "from", each once: causes may be cyclic."""
+    left, seen = [error], set[int]()
+    while left and len(seen) < _MOST_CAUSES:
+        one = left.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        if isinstance(one, BaseExceptionGroup):
+            left += BaseExceptionGroup.exceptions.__get__(one)
+        cause = BaseException.__dict__["__cause__"].__get__(one)
+        if cause is not None:
+            left.append(cause)

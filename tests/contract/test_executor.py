@@ -402,6 +402,24 @@ def test_an_allocation_that_is_refused_is_the_memory_limit(executor):
     assert "programs.py" in report.traceback
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        programs.memory_error_in_a_group,
+        programs.memory_error_as_a_cause,
+        programs.raise_for_a_child_that_is_too_large,
+    ],
+)
+def test_an_error_that_comes_of_the_memory_limit_is_reported_as_that(executor, program):
+    report = executor.submit(program, limits=Limits(memory="64MiB")).report(20)
+    assert report.reason is EndReason.MEMORY_LIMIT, report
+
+
+def test_a_memory_error_that_was_got_over_is_not_the_end(executor):
+    report = executor.submit(programs.memory_error_that_is_got_over, limits=Limits(memory="64MiB")).report(20)
+    assert (report.reason, report.error_type) == (EndReason.FAILED, "ValueError")
+
+
 def test_a_memory_error_without_a_limit_is_the_tasks_own(executor):
     assert executor.submit(programs.memory_error).report(20).reason is EndReason.FAILED
 

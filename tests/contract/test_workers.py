@@ -319,6 +319,14 @@ def test_an_allocation_that_is_refused_ends_the_worker(executor, worker):
     assert executor.submit(workers.pid, worker=worker, limits=limits).result(20) != own
 
 
+def test_a_task_does_not_pay_for_a_child_of_the_one_before(executor, worker):
+    limits = Limits(memory="96MiB")
+    report = executor.submit(programs.raise_for_a_child_that_is_too_large, worker=worker, limits=limits).report(20)
+    assert report.reason is EndReason.MEMORY_LIMIT, report
+    after = executor.submit(programs.look_busy, 0.5, worker=worker, limits=limits).report(20)
+    assert after.completed, after
+
+
 def test_other_limits_of_the_process_want_another_process(executor, worker):
     def own(**limits):
         return executor.submit(workers.pid, worker=worker, limits=Limits(**limits)).result(20)
