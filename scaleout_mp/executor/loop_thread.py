@@ -37,6 +37,11 @@ class LoopThread:
         return self._loop
 
     @property
+    def native_id(self) -> int | None:
+        """The number that the kernel has for the thread; None before `open`."""
+        return self._thread.native_id
+
+    @property
     def is_elsewhere(self) -> bool:
         """Whether this is a fork of the process that opened it: the thread is not in it."""
         return self._pid != os.getpid()

@@ -212,7 +212,7 @@ def test_a_task_does_not_answer_for_what_earlier_ones_left_that_grows(executor, 
     wait_until(lambda: stopped(executor), seconds=10)
     (execution,) = stopped(executor)
     cause = StopCause(reason=EndReason.MEMORY_LIMIT, message="passed its memory limit")
-    executor._loop.call_soon_threadsafe(lambda: execution._on_breach(cause, graceful=False))
+    executor._thread.loop.call_soon_threadsafe(lambda: execution._on_breach(cause, graceful=False))
     assert task.result(20) != own
     assert gone(own)
 

@@ -54,7 +54,7 @@ def test_a_supervisor_that_is_busy_is_not_needed(executor, tmp_path):
     with open(alive, "rb") as life:
         wait_until(lambda: task.memory_peak > 60 * MIB, what="a first look")
         blocked = threading.Event()
-        executor._loop.call_soon_threadsafe(lambda: blocked.wait(30))
+        executor._thread.loop.call_soon_threadsafe(lambda: blocked.wait(30))
         try:
             with open(go, "wb"):
                 assert life.read() == b""

@@ -78,7 +78,7 @@ def test_two_hundred_tasks_that_sleep():
     with TaskExecutor(echo_output=False, max_concurrent_tasks=SLEEPERS + 1, limits=Limits(abort_grace=0)) as executor:
         baseline = executor.submit(endurance_programs.private_memory).result(30)
         before = own_memory("self", "Private_")
-        ticker = Ticker(executor._loop, executor._thread.native_id)
+        ticker = Ticker(executor._thread.loop, executor._thread.native_id)
         with ticker:
             tasks = [executor.submit(endurance_programs.sleep) for _ in range(SLEEPERS)]
             for task in tasks:
