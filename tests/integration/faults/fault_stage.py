@@ -208,7 +208,7 @@ class Stage:
         self.level = level
         self.executor = executor
         self._folder = folder
-        self._loop = executor._loop
+        self._loop = executor._thread.loop
         self._unhandled: list[dict] = []
         self._loop.call_soon_threadsafe(self._loop.set_exception_handler, lambda _, told: self._unhandled.append(told))
         self._ends = _Ends()
