@@ -10,7 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
-from scaleout_mp.display import readable_size
+from scaleout_mp.display import printable, readable_size
 from scaleout_mp.task import AttributesRecord, MetricRecord, TaskState, TelemetryRecord
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class View(abc.ABC):
             return ""
         parts = [] if self._last.step is None else [f"step {self._last.step}"]
         metrics = list(self._last.metrics.items())
-        parts += [f"{name} {value:.5g}" for name, value in metrics[:_FEW]]
+        parts += [f"{printable(name)} {value:.5g}" for name, value in metrics[:_FEW]]
         if len(metrics) > _FEW:
             parts.append(f"and {len(metrics) - _FEW} more")
         return "  ".join(parts)
@@ -194,10 +194,18 @@ class JsonView(View):
         super().__init__()
         self._stream = stream
         self._next = 0.0
+        #: Why nothing more can be written: whoever read it is gone, say.
+        self._problem: OSError | None = None
 
     def _write(self, event: str, **fields: Any) -> None:
-        self._stream.write(json.dumps({"event": event, **fields}, allow_nan=False) + "\n")
-        self._stream.flush()
+        if self._problem is not None:
+            return
+        try:
+            self._stream.write(json.dumps({"event": event, **fields}, allow_nan=False) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            # Raised in `tick`, which ends the job: the job's own events must not fail one by one.
+            self._problem = error
 
     def state(self, state: TaskState) -> None:
         """Write a new state."""
@@ -213,7 +221,9 @@ class JsonView(View):
             self._write("telemetry", telemetry=_finite(record.telemetry), timestamp=record.timestamp)
 
     def tick(self) -> None:
-        """Write what it uses, once a second."""
+        """Write what it uses, once a second. Raises OSError when nothing can be written any more."""
+        if self._problem is not None:
+            raise self._problem
         execution = self._execution
         now = time.monotonic()
         if execution is not None and self.at_work and now >= self._next:
@@ -240,6 +250,8 @@ class JsonView(View):
             output=None if kept is None else kept.path,
             problem=None if kept is None else kept.problem,
         )
+        if self._problem is not None:
+            raise self._problem
 
 
 def _finite(values: Any) -> dict[str, float | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 
 from scaleout_mp import ConfigError, EndReason, ScaleoutModel
 from scaleout_mp.cli.job_output import check_output, keep_result
+from scaleout_mp.cli.job_view import JsonView, PlainView
 from scaleout_mp.cli.run import EXIT_CODES, EXIT_USAGE, parse_setting, parse_target
 from scaleout_mp.client.target import Target
 from scaleout_mp.errors import TargetError
+from scaleout_mp.task import MetricRecord, TaskState
 
 TESTS = str(Path(__file__).parents[1])
 
@@ -242,3 +245,22 @@ def test_every_end_has_an_exit_code_and_the_docs_say_which():
     assert {code: reason.strip() for code, reason in listed.items()} == {
         code: "interrupted" if code == 130 else reason.value.replace("_", " ") for code, reason in by_code.items()
     }
+
+
+def test_what_cannot_be_written_as_json_ends_the_job_once():
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        view = JsonView(full)
+        # Called by the job's own events, which must go on.
+        view.state(TaskState.RUNNING)
+        view.say("again")
+        with pytest.raises(OSError, match="No space left"):
+            view.tick()
+        # What its buffer has cannot be written when it is closed either.
+        with pytest.raises(OSError, match="No space left"):
+            full.close()
+
+
+def test_names_of_metrics_stay_in_their_line():
+    view = PlainView(io.StringIO())
+    view.record(MetricRecord(metrics={"\x1b[2Jloss\r\n": 1.0}, step=3, timestamp=0.0))
+    assert view.metrics() == "step 3   [2Jloss   1"
