@@ -81,6 +81,12 @@ class EndReason(enum.StrEnum):
     REFUSED = "refused"
 
 
+#: Somebody outside wanted the end.
+INTERRUPTIONS: Final = frozenset(
+    {EndReason.INTERRUPTED_BY_SERVER, EndReason.TIMED_OUT_BY_SERVER, EndReason.INTERRUPTED_BY_CLIENT}
+)
+
+
 class AbortOrigin(enum.StrEnum):
     """Who asks for a task's end from outside."""
 

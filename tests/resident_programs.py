@@ -201,6 +201,24 @@ def lock_in_state():
     current_task().state["lock"] = threading.Lock()
 
 
+class CallsWhenRead:
+    """Unpickled by a call of any function."""
+
+    def __init__(self, function, argument):
+        self._called = function, (argument,)
+
+    def __reduce__(self):
+        return self._called
+
+
+def exit_when_read():
+    current_task().state["bad"] = CallsWhenRead(os._exit, 3)
+
+
+def sleep_when_read():
+    current_task().state["bad"] = CallsWhenRead(time.sleep, 100)
+
+
 def unreadable_in_state():
     current_task().state["bad"] = Unreadable()
 

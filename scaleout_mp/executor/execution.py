@@ -21,6 +21,7 @@ from scaleout_mp.executor.watches import Watches
 from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.frames import Frame, Kind
 from scaleout_mp.task import (
+    INTERRUPTIONS,
     AbortOrigin,
     EndReason,
     TaskLife,
@@ -373,7 +374,8 @@ class Execution:
         report = make_report(seen)
         self._advance(TaskState.ENDED)
         if self._plan.state is not None:
-            self._plan.state.settle(self.name, completed=report.completed)
+            asked = report.reason in INTERRUPTIONS
+            self._plan.state.settle(self.name, completed=report.completed, asked=asked)
         level = logging.DEBUG if report.completed else logging.WARNING
         if logger.isEnabledFor(level):
             logger.log(

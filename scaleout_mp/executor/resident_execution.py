@@ -17,7 +17,7 @@ from scaleout_mp.executor.watches import Watches
 from scaleout_mp.ipc import frames
 from scaleout_mp.ipc.frames import Kind
 from scaleout_mp.sandbox import memory, tree
-from scaleout_mp.task import AbortOrigin, EndReason, StopStage
+from scaleout_mp.task import INTERRUPTIONS, AbortOrigin, StopStage
 
 if TYPE_CHECKING:
     from scaleout_mp.executor.launcher import Child, Launcher
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from scaleout_mp.ipc.frames import Frame
     from scaleout_mp.sandbox.confinement import Confinement
 
-#: Ends by which nothing is wrong with the process.
-_INTERRUPTIONS: Final = frozenset(
-    {EndReason.INTERRUPTED_BY_SERVER, EndReason.TIMED_OUT_BY_SERVER, EndReason.INTERRUPTED_BY_CLIENT}
-)
 #: Bytes of arguments that a worker's tasks may have mapped at once before RLIMIT_DATA, a backstop, refuses more.
 _ARGUMENTS: Final = 4 << 30
 
@@ -302,7 +298,8 @@ class ResidentExecution(Execution):
             return False
         if seen.stop is None:
             return True
-        return seen.stop.reason in _INTERRUPTIONS and seen.stopped_by in {None, StopStage.ABORT}
+        # By those, nothing is wrong with the process.
+        return seen.stop.reason in INTERRUPTIONS and seen.stopped_by in {None, StopStage.ABORT}
 
     def _keep(self, child: Child) -> None:
         if self._resident is not None:

@@ -71,6 +71,8 @@ class StateSlot:
         self.name = name
         self._most = most
         self._touched = False
+        #: The task reads what is there, or has died of that.
+        self._opening = False
         self._sent: _Packed | None = None
 
     def fields(self) -> tuple[list[Any], tuple[int, ...]]:
@@ -87,7 +89,8 @@ class StateSlot:
         except ProtocolViolation:
             close_all(frame.descriptors)
             raise
-        self._touched = True
+        self._opening = change is StateChange.OPENING
+        self._touched = self._touched or not self._opening
         if change is StateChange.UNREADABLE:
             self._store.put(self.name, None)
             logger.warning(
@@ -134,15 +137,26 @@ class StateSlot:
             close_all(self._sent.descriptors)
             self._sent = None
 
-    def settle(self, task: str, *, completed: bool) -> None:
-        """Keep what the task sent, or drop it with a warning if the task did not complete. Called once, at the end."""
+    def settle(self, task: str, *, completed: bool, asked: bool = False) -> None:
+        """Keep what the task sent, or drop it with a warning if the task did not complete. Called once, at the end.
+
+        `asked`: somebody wanted the task to end.
+        """
         if completed:
             if self._sent is not None:
                 self._store.put(self.name, self._sent)
                 self._sent = None
             return
         self._drop()
-        if self._touched:
+        if self._opening and not asked:
+            self._store.put(self.name, None)
+            logger.warning(
+                "state %s is dropped, for task %s ended while it read it: the next one finds it empty",
+                self.name,
+                task,
+                extra={"action": "state_dropped", "state": self.name},
+            )
+        elif self._touched:
             before = self._store.get(self.name)
             size = 0 if before is None else _size_of(before)
             logger.warning(

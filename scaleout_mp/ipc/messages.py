@@ -47,6 +47,8 @@ class Refusal(enum.StrEnum):
 class StateChange(enum.StrEnum):
     """What became of the state that tasks hand on."""
 
+    #: The task begins to read it, which may run any code.
+    OPENING = "opening"
     #: The task has it and may change it.
     OPENED = "opened"
     #: It cannot be unpickled.

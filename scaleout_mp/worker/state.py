@@ -42,6 +42,8 @@ class KeptState:
         if self._packed is None:
             return {}
         has_memory, table = self._packed
+        # Who dies of it cannot say so.
+        self._send(frames.encode(Kind.STATE, StateChange.OPENING, None), ())
         (view,) = segments.load(table, self._descriptors.pop() if has_memory else None)
         try:
             values: dict[Any, Any] = pickle.loads(view)

@@ -100,6 +100,27 @@ def test_what_cannot_be_read_any_more_is_dropped(executor, state, caplog):
     assert executor.submit(tasks.keys_of_state, state=state).result(20) == []
 
 
+def test_what_ends_the_task_that_reads_it_is_dropped(executor, state, caplog):
+    executor.submit(tasks.exit_when_read, state=state).result(20)
+    assert executor.submit(tasks.keys_of_state, state=state).report(20).exit_code == 3
+    (message,) = dropped(caplog)
+    assert message.endswith("ended while it read it: the next one finds it empty")
+    assert executor.submit(tasks.keys_of_state, state=state).result(20) == []
+
+
+def test_what_somebody_did_not_want_to_wait_for_is_kept(executor, state, caplog):
+    executor.submit(tasks.sleep_when_read, state=state).result(20)
+    task = executor.submit(tasks.keys_of_state, state=state)
+    wait_until(lambda: task._execution and task._execution._plan.state._opening, what="a task that reads it")
+    task.abort()
+    assert task.report(20).reason is EndReason.INTERRUPTED_BY_CLIENT
+    assert dropped(caplog) == []
+    # The clock of a limit is not somebody: whatever follows would wait as well.
+    report = executor.submit(tasks.keys_of_state, state=state, limits=Limits(wall_time=1, abort_grace=0)).report(20)
+    assert report.reason is EndReason.WALL_TIME
+    assert executor.submit(tasks.keys_of_state, state=state).result(20) == []
+
+
 def test_a_task_without_a_state_is_told_so(executor):
     report = executor.submit(tasks.keys_of_state).report(20)
     assert "this task keeps no state: submit it with state=NAME" in report.message
