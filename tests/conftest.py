@@ -5,12 +5,17 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import signal
 import time
 
 import pytest
 from observing import children
 
 _NUMBERS = itertools.count()
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As where a shell or a CI runs the tests in the background: programs that the tests start would ignore it as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
